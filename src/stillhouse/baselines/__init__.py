@@ -1,0 +1,1 @@
+"""What claims are measured against; catalogue entries like methods."""

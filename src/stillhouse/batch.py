@@ -1,0 +1,504 @@
+"""What is read: batches, the sources they come from, the order of reading, the splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from stillhouse.clock import Views
+from stillhouse.errors import DataError, nearest
+
+Sample = dict[str, Any]
+Rows = Tensor
+
+RESERVED = ("id", "draw", "rows", "of", "target", "weight", "mask")
+
+
+class Batch(dict[str, Any]):
+    """Named views of B samples; nested batches are streams.
+
+    Reserved keys: `id` (B,) int64 content ids; `draw` augmentation number (an integer, equal
+    for all rows, or (B,)); `rows` positions in the global batch (a slice until rows are
+    selected, then (B,) int64); `of` rows of the global batch; `target`; `weight`; `mask`.
+    All other keys are views: "x" when there is only one. Values are tensors or lists with
+    one entry per row.
+    """
+
+    @property
+    def size(self) -> int:
+        """Number of rows B."""
+        ids = self.get("id")
+        if ids is not None:
+            return len(ids)
+        for key, value in self.items():
+            if key in {"rows", "of", "draw"}:
+                continue
+            if isinstance(value, Batch):
+                return value.size
+            if isinstance(value, (Tensor, list)) and not (
+                isinstance(value, Tensor) and value.ndim == 0
+            ):
+                return len(value)
+        raise DataError("a batch without rows: it holds no tensor or list")
+
+    @property
+    def of(self) -> int:
+        """Rows of the global batch this one is a part of (its own size when alone)."""
+        return int(self["of"]) if "of" in self else self.size
+
+    @property
+    def rows(self) -> Tensor:
+        """(B,) positions of the rows in the global batch."""
+        rows = self.get("rows", slice(0, self.size))
+        return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first tensor that is found."""
+        for value in self.values():
+            if isinstance(value, Tensor) or (isinstance(value, Batch) and len(value)):
+                return value.device
+        return torch.device("cpu")
+
+    def view(self, path: str = "x") -> Any:
+        """The view named by `path`; streams are walked with slashes ("unlabelled/x").
+
+        Raises:
+            DataError: no such view; the nearest are named.
+        """
+        found: Any = self
+        for part in path.split("/"):
+            if not isinstance(found, dict) or part not in found:
+                known = [k for k in found if k not in RESERVED] if isinstance(found, dict) else []
+                raise DataError(f"the batch has no view '{path}'{nearest(part, known)}")
+            found = found[part]
+        return found
+
+    def select(self, rows: Tensor) -> Batch:
+        """The rows whose numbers (int64) or flags (bool) are given, in that order."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(1)
+        chosen = {k: _take(v, rows) for k, v in self.items() if k not in {"rows", "of"}}
+        return Batch(chosen, rows=self.rows[rows.cpu()], of=self.of)
+
+    def split(self, pieces: int) -> list[Batch]:
+        """`pieces` contiguous micro-batches of nearly equal size; empty ones are left out."""
+        if pieces <= 1:
+            return [self]
+        size, start = self.size, 0
+        parts = []
+        for piece in range(pieces):
+            stop = size * (piece + 1) // pieces
+            if stop > start:
+                parts.append(self.narrow(start, stop))
+            start = stop
+        return parts
+
+    def narrow(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop) as a view on the same memory."""
+        cut = {k: _cut(v, start, stop) for k, v in self.items() if k not in {"rows", "of"}}
+        rows = self.get("rows", slice(0, self.size))
+        if isinstance(rows, slice):
+            rows = slice(rows.start + start, rows.start + stop)
+        else:
+            rows = rows[start:stop]
+        return Batch(cut, rows=rows, of=self.of)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with every tensor on `device`; itself when it is there already."""
+        target = torch.device(device)
+        if target == self.device:
+            return self
+        moved = {
+            k: v.to(target, non_blocking=True)
+            if isinstance(v, Tensor) and k != "rows"
+            else v.to(target)
+            if isinstance(v, Batch)
+            else v
+            for k, v in self.items()
+        }
+        return Batch(moved)
+
+
+def _take(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.ndim == 0 else value[rows.to(value.device)]
+    if isinstance(value, Batch):
+        return value.select(rows)
+    if isinstance(value, list):
+        return [value[i] for i in rows.tolist()]
+    return value
+
+
+def _cut(value: Any, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.ndim == 0 else value[start:stop]
+    if isinstance(value, Batch):
+        return value.narrow(start, stop)
+    if isinstance(value, list):
+        return value[start:stop]
+    return value
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Any data. All augmentation uses the generator that is handed in.
+
+    One geometric draw must serve every view, box and mask of a sample. A source may also
+    offer `read(ids, views) -> Batch`, a batched fast path, which steps of a millisecond
+    need, and `id_of(i)`, the content id of position i (the position when absent).
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
+        """The sample at position `item[0]`; with a generator it is augmented by it."""
+        ...
+
+
+class TensorSource:
+    """Samples that lie in memory as tensors, optionally augmented batch-wise.
+
+    Args:
+        views: name to tensor (N, ...) or list of N; `target` among them when labelled.
+        augment: `augment(batch, views)` returns the batch with augmented views; it draws
+            from `views.uniform(batch["id"], stream, n)` only.
+        ids: (N,) content ids; positions when not given.
+        name: what the data is called, part of the fingerprint.
+        scale: uint8 views named "x" are divided by 255 on reading when True.
+
+    Raises:
+        DataError: no rows, or views of different length.
+    """
+
+    def __init__(
+        self,
+        views: Mapping[str, Any],
+        *,
+        augment: Callable[[Batch, Views], Batch] | None = None,
+        ids: Tensor | None = None,
+        name: str = "tensors",
+        scale: bool = True,
+    ) -> None:
+        sizes = {k: len(v) for k, v in views.items()}
+        if not sizes or min(sizes.values()) == 0:
+            raise DataError(f"the data set '{name}' is empty (rows per view: {sizes})")
+        if len(set(sizes.values())) > 1:
+            raise DataError(f"the views of '{name}' differ in length: {sizes}")
+        self.views = dict(views)
+        self.augment = augment
+        self.ids = torch.arange(len(self)) if ids is None else ids
+        self.name = name
+        self.scale = scale
+        self._fingerprint = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content, the ids and the name of the augmentation."""
+        if not self._fingerprint:
+            self._fingerprint = _content_hash(self.name, self.views, self.ids, self.augment)
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(next(iter(self.views.values())))
+
+    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
+        index = int(item[0])
+        rows = torch.tensor([index])
+        batch = self._gather(rows)
+        if self.augment is not None and item[1] is not None:
+            seed = int(torch.randint(0, 1 << 31, (), generator=item[1]))
+            batch = self.augment(batch, Views(seed))
+        return {k: v[0] for k, v in batch.items()}
+
+    def read(self, rows: Tensor, views: Views | None) -> Batch:
+        """The samples at positions `rows`; augmented unless `views` is None."""
+        batch = self._gather(rows)
+        if self.augment is not None and views is not None:
+            batch = self.augment(batch, views)
+        return batch
+
+    def _gather(self, rows: Tensor) -> Batch:
+        batch = Batch(id=self.ids[rows])
+        for name, value in self.views.items():
+            taken = _take(value, rows)
+            if self.scale and isinstance(taken, Tensor) and taken.dtype == torch.uint8:
+                taken = taken.float().div_(255.0)
+            batch[name] = taken
+        return batch
+
+
+def _content_hash(name: str, views: Mapping[str, Any], ids: Tensor, augment: Any) -> str:
+    digest = hashlib.sha256(name.encode())
+    digest.update(
+        repr(getattr(augment, "fingerprint", getattr(augment, "__qualname__", ""))).encode()
+    )
+    for key in sorted(views):
+        value = views[key]
+        digest.update(key.encode())
+        if isinstance(value, Tensor):
+            digest.update(str((tuple(value.shape), value.dtype)).encode())
+            digest.update(value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        else:
+            for entry in value:
+                digest.update(repr(entry).encode())
+    digest.update(ids.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+class Subset:
+    """Some samples of a source, by position; ids stay those of the source."""
+
+    def __init__(self, source: Source, rows: Tensor) -> None:
+        if len(rows) == 0:
+            raise DataError("a subset without rows")
+        self.source = source
+        self.rows = rows.long()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source and the rows."""
+        digest = hashlib.sha256(self.source.fingerprint.encode())
+        digest.update(self.rows.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
+        return self.source[int(self.rows[int(item[0])]), item[1]]
+
+    def id_of(self, index: int) -> int:
+        """The content id of position `index`."""
+        inner = int(self.rows[index])
+        find = getattr(self.source, "id_of", None)
+        return int(find(inner)) if find is not None else inner
+
+    def read(self, rows: Tensor, views: Views | None) -> Batch:
+        """As the source reads; see `read_rows`."""
+        return read_rows(self.source, self.rows[rows], views)
+
+
+def read_rows(
+    source: Source,
+    rows: Tensor,
+    views: Views | None,
+    collate: Callable[[list[Sample]], Batch] | None = None,
+) -> Batch:
+    """Read positions `rows` of any source into a batch.
+
+    Args:
+        source: with or without the batched fast path.
+        rows: (B,) positions.
+        views: the chance of this reading; None reads without augmentation.
+        collate: joins samples; default stacks tensors and lists the rest.
+
+    Returns:
+        The batch, with `id` and `draw` set.
+    """
+    fast = getattr(source, "read", None)
+    if fast is not None:
+        batch: Batch = fast(rows, views)
+    else:
+        find = getattr(source, "id_of", int)
+        ids = [int(find(i)) for i in rows.tolist()]
+        samples = [
+            source[i, None if views is None else views.rng(number)]
+            for i, number in zip(rows.tolist(), ids, strict=True)
+        ]
+        batch = (collate or stack)(samples)
+        batch["id"] = torch.tensor(ids)
+    batch["draw"] = 0 if views is None else views.draw
+    return batch
+
+
+def stack(samples: list[Sample]) -> Batch:
+    """Join samples key by key: tensors and numbers are stacked, all else is listed."""
+    batch = Batch()
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if isinstance(values[0], Tensor):
+            shapes = {tuple(v.shape) for v in values}
+            batch[key] = torch.stack(values) if len(shapes) == 1 else values
+        elif isinstance(values[0], (bool, int, float)):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = values
+    return batch
+
+
+class Order(Protocol):
+    """What is read in which epoch; pure, so that a resumed run reads the same.
+
+    The loop gives the generator (an order knows no seed) and cuts the rows of a step into
+    contiguous blocks by rank. `len` is the number of steps of an epoch and cheap.
+    """
+
+    source: Any
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[Rows]:
+        """The rows of each step of epoch `number`."""
+        ...
+
+    def read(self, rows: Rows, views: Views) -> Batch:
+        """The batch of `rows`."""
+        ...
+
+
+class Shuffled:
+    """Every sample once an epoch, in a new order each epoch.
+
+    Args:
+        source: the data.
+        batch: rows of the global batch.
+        drop_last: leave out a last batch that is not full.
+        draws: number of different augmentations of a sample; None for a new one each epoch.
+            Finite draws let a teacher's outputs for augmented views be stored.
+        augment: False reads every sample as it is.
+        shuffle: False keeps the source's order.
+        collate: joins samples of sources without a batched fast path.
+
+    Raises:
+        DataError: the source is empty, or no full batch fits when `drop_last`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch: int,
+        *,
+        drop_last: bool = False,
+        draws: int | None = None,
+        augment: bool = True,
+        shuffle: bool = True,
+        collate: Callable[[list[Sample]], Batch] | None = None,
+    ) -> None:
+        if len(source) == 0:
+            raise DataError("the training data is empty")
+        if batch < 1:
+            raise DataError(f"the batch size must be at least 1, not {batch}")
+        if drop_last and len(source) < batch:
+            raise DataError(
+                f"drop_last leaves nothing: {len(source)} samples do not fill a batch of {batch}"
+            )
+        self.source = source
+        self.batch = batch
+        self.drop_last = drop_last
+        self.draws = draws
+        self.augment = augment
+        self.shuffle = shuffle
+        self.collate = collate
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.source), self.batch)
+        return full if self.drop_last or rest == 0 else full + 1
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[Rows]:
+        """A permutation of all rows, cut into batches."""
+        count = len(self.source)
+        rows = torch.randperm(count, generator=rng()) if self.shuffle else torch.arange(count)
+        return rows.split(self.batch)[: len(self)]
+
+    def read(self, rows: Rows, views: Views) -> Batch:
+        """The samples at `rows`, augmented by the epoch's draw."""
+        chance = Views(views.seed, views.epoch, self.draws) if self.augment else None
+        return read_rows(self.source, rows, chance, self.collate)
+
+
+class Draws:
+    """No data: numbered rows, for objectives that draw by the clock.
+
+    Args:
+        rows: rows of the global batch.
+        steps: steps of an epoch.
+    """
+
+    def __init__(self, rows: int, steps: int) -> None:
+        self.source = None
+        self.count = rows
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[Rows]:
+        """The same numbered rows in every step."""
+        return [torch.arange(self.count)] * self.steps
+
+    def read(self, rows: Rows, views: Views) -> Batch:
+        """A batch with ids only."""
+        return Batch(id=rows, draw=views.epoch)
+
+
+class Splits(Mapping[str, Source]):
+    """The parts of a data set by role: train, val, test, unlabelled, transfer ...
+
+    `test` opens only inside `judging()`, so that nothing can be chosen by it.
+
+    Args:
+        sources: role to source.
+        edition: the data's name with its edition, for reports ("cifar10 (jpeg copy)").
+        about: what else a task may need to know (classes, channels, vocabulary ...).
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        edition: str = "",
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._sources = dict(sources)
+        self._open = 0
+        self.edition = edition
+        self.about: dict[str, Any] = dict(about or {})
+
+    def __getitem__(self, role: str) -> Source:
+        if role not in self._sources:
+            raise DataError(f"the data has no split '{role}'{nearest(role, self._sources)}")
+        if role == "test" and not self._open:
+            raise DataError("the split 'test' opens only while a finished artifact is judged")
+        return self._sources[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def peek(self, role: str) -> int:
+        """Number of samples of a split, also of a closed one."""
+        return len(self._sources[role])
+
+    def fingerprint(self) -> str:
+        """Of every split."""
+        parts = sorted(f"{k}:{v.fingerprint}" for k, v in self._sources.items())
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+
+    def judging(self) -> Splits:
+        """The same splits with `test` open; only judges call this."""
+        opened = Splits(self._sources, self.edition, self.about)
+        opened._open = 1
+        return opened
+
+
+def carve(source: Source, count: int, rng: Generator) -> tuple[Source, Source]:
+    """Cut `count` random samples off a source, for validation.
+
+    Returns:
+        (the rest, the cut part), both in the source's order.
+    """
+    if not 0 < count < len(source):
+        raise DataError(f"cannot carve {count} samples from {len(source)}")
+    order = torch.randperm(len(source), generator=rng)
+    return Subset(source, order[count:].sort().values), Subset(source, order[:count].sort().values)

@@ -1,0 +1,1 @@
+"""Methods and their baselines side by side over seeds: statistics, claims, results."""

@@ -1,0 +1,103 @@
+"""A bench on the terminal: figures of each side with intervals, claims with verdicts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from stillhouse.bench.results import Results
+from stillhouse.bench.statistics import Interval
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLE = {"supported": "green", "not supported": "red", "inconclusive": "yellow"}
+
+
+def number(value: float | None) -> str:
+    """A figure with four significant digits; a dash when there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def with_interval(found: Interval) -> str:
+    """`mean ± half of the 95% interval`; the mean alone without an interval.
+
+    Both are rounded alike, to the second significant digit of the half.
+    """
+    half = found.half
+    if not found.count or not math.isfinite(found.mean):
+        return "–"
+    if half is None or not math.isfinite(half):
+        return number(found.mean)
+    if half == 0:
+        return f"{number(found.mean)} ± 0"
+    places = max(0, min(8, 1 - math.floor(math.log10(half))))
+    return f"{found.mean:,.{places}f} ± {half:,.{places}f}"
+
+
+def difference(claim: dict[str, Any]) -> str:
+    """A claim's difference with its interval in brackets."""
+    if claim.get("difference") is None:
+        return "–"
+    text = f"{claim['difference']:+.4g}"
+    if claim.get("interval"):
+        low, high = claim["interval"]
+        text += f" [{low:+.4g}, {high:+.4g}]"
+    return text
+
+
+def sense(claim: dict[str, Any]) -> str:
+    """What a claim expects, in words: `metric: ours higher than other by more than 0.01`."""
+    margin = float(claim.get("margin") or 0.0)
+    ours, than, expect = claim["ours"], claim["than"], claim.get("expect", "higher")
+    if expect == "equal":
+        return f"{claim['metric']}: {ours} within {margin:g} of {than}"
+    by = f" by more than {margin:g}" if margin > 0 else ""
+    if margin < 0:
+        by = f", or short of it by less than {-margin:g}"
+    return f"{claim['metric']}: {ours} {expect} than {than}{by}"
+
+
+def show(results: Results, console: Console | None = None, *, stale: bool = False) -> None:
+    """Print results: a table of sides, a table of claims, what a reader must know.
+
+    Args:
+        results: finished or not.
+        console: where; standard output by default. Without a terminal it is plain text.
+        stale: the method's file has changed since.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console or Console()
+    metrics = results.metrics()[:6]
+    title = f"{results.method}: mean ± 95% interval over seeds {results.seeds}"
+    table = Table(title=Text(title), title_justify="left")
+    for heading in ("side", *metrics, "seconds", "seeds"):
+        table.add_column(Text(heading), justify="left" if heading == "side" else "right")
+    for side, runs in results.sides.items():
+        cells = [with_interval(results.summary(side, metric)) for metric in metrics]
+        seconds = number(results.summary(side, "seconds").mean)
+        table.add_row(*(Text(c) for c in (side, *cells, seconds, str(len(runs)))))
+    out.print(table)
+    for claim in results.claims:
+        found = str(claim["verdict"])
+        line = Text(found, style=_STYLE.get(found, "")).append(f"  {claim['text']}", style="bold")
+        out.print(line)
+        told = f"  {sense(claim)}: {difference(claim)} over {claim.get('seeds', 0)} seeds"
+        if claim.get("reason"):
+            told += f" ({claim['reason']})"
+        out.print(Text(told))
+        if claim.get("per_second") is not None:
+            out.print(Text(f"  {claim['per_second']:+.3g} {claim['metric']} per extra second"))
+    if stale:
+        out.print(Text("stale: the method's file has changed since this was measured", "yellow"))
+    if results.note:
+        out.print(Text(results.note))

@@ -1,0 +1,318 @@
+"""Sets of small images kept in memory: one decoded uint8 tensor per split."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillhouse.batch import Source, Splits, TensorSource
+from stillhouse.data.augment_images import AugmentImages
+from stillhouse.data.cached import cached_tensors
+from stillhouse.data.data_set import DataSet
+from stillhouse.data.options import ImageOptions
+from stillhouse.data.roots import cache_root
+from stillhouse.data.splitting import choose
+from stillhouse.errors import DataError
+
+# Weights of red, green and blue in grey (ITU-R BT.601), as Pillow's "L" mode has them.
+_GREY = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """One official split: its labels, and how to get the pixels of some rows.
+
+    Attributes:
+        labels: (N,) int64.
+        read: positions (n,) to pixels (n, C, H, W) uint8.
+    """
+
+    labels: Tensor
+    read: Callable[[Tensor], Tensor]
+
+
+def open_npz(path: Path) -> Any:
+    """An npz file without pickles.
+
+    Raises:
+        DataError: damaged, or not an npz file.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as an npz file: {error}") from error
+
+
+def array_of(stored: Any, key: str, path: Path) -> NDArray[Any]:
+    """One array of an npz file.
+
+    Raises:
+        DataError: no such array, or its bytes are damaged.
+    """
+    if key not in stored.files:
+        raise DataError(f"{path} has no array '{key}'; it holds {', '.join(stored.files)}")
+    try:
+        found: NDArray[Any] = stored[key]
+    except Exception as error:
+        # zipfile and zlib raise their own kinds for damaged members.
+        raise DataError(f"{path}: the array '{key}' is damaged: {error}") from error
+    return found
+
+
+def rows_in_memory(images: NDArray[Any], labels: NDArray[Any], where: str) -> ImageRows:
+    """A split whose pixels are (N, H, W) or (N, H, W, C) uint8 in memory.
+
+    Raises:
+        DataError: other types or shapes, or as many labels as there are not images.
+    """
+    if images.dtype != np.uint8 or images.ndim not in {3, 4}:
+        raise DataError(
+            f"{where}: images are {images.dtype} of shape {images.shape}; uint8 of shape "
+            "(N, H, W) or (N, H, W, C) is needed"
+        )
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{where}: {len(images)} images but labels of shape {labels.shape}")
+    pixels = torch.from_numpy(images)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return ImageRows(
+        torch.from_numpy(labels.astype(np.int64)),
+        lambda rows: pixels.index_select(0, rows).contiguous(),
+    )
+
+
+def rows_in_blob(
+    blob: Callable[[], tuple[NDArray[np.uint8], NDArray[np.int64]]],
+    labels: NDArray[Any],
+    *,
+    shape: tuple[int, int, int],
+    cache: str,
+    where: str,
+) -> ImageRows:
+    """A split whose images are encoded one after another in one array of bytes.
+
+    Where most of a split is wanted it is decoded whole, once, into the cache; a smaller part
+    is decoded alone.
+
+    Args:
+        blob: gives bytes (M,) and offsets (N + 1,): image i is bytes[off[i]:off[i + 1]].
+        labels: (N,).
+        shape: (C, H, W) of every image.
+        cache: name of the decoded copy, unique to the content.
+        where: what it is, for errors.
+    """
+    kept = cache_root() / "decoded" / f"{cache}.safetensors"
+
+    def decode(rows: Tensor) -> Tensor:
+        content, offsets = blob()
+        if len(offsets) != len(labels) + 1 or int(offsets[-1]) > len(content):
+            raise DataError(
+                f"{where}: {len(labels)} labels, {len(offsets)} offsets and {len(content)} bytes "
+                "do not belong together"
+            )
+        return decoded(content, offsets, rows.tolist(), shape, where)
+
+    def read(rows: Tensor) -> Tensor:
+        if 2 * len(rows) <= len(labels) and not kept.is_file():
+            return decode(rows)
+        every = torch.arange(len(labels))
+        pixels = cached_tensors(kept, lambda: {"images": decode(every)})["images"]
+        return pixels if len(rows) == len(labels) else pixels.index_select(0, rows)
+
+    return ImageRows(torch.from_numpy(labels.astype(np.int64)), read)
+
+
+def decoded(
+    content: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    rows: Sequence[int],
+    shape: tuple[int, int, int],
+    where: str,
+) -> Tensor:
+    """Images of a blob as (n, C, H, W) uint8.
+
+    Raises:
+        DataError: an image that cannot be decoded, or of another size; its row is told.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = shape
+    made = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+    for place, row in enumerate(rows):
+        piece = content[offsets[row] : offsets[row + 1]].tobytes()
+        try:
+            with Image.open(io.BytesIO(piece)) as image:
+                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{where}: image {row} cannot be decoded: {error}") from error
+        if pixels.shape[:2] != (height, width):
+            raise DataError(
+                f"{where}: image {row} is {pixels.shape[0]}x{pixels.shape[1]}, "
+                f"{height}x{width} is expected"
+            )
+        made[place] = pixels.reshape(height, width, channels)
+    return torch.from_numpy(made).permute(0, 3, 1, 2).contiguous()
+
+
+def encoded(images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (N, H, W, C) as one blob of PNGs, lossless, with offsets (N + 1,)."""
+    from PIL import Image
+
+    pieces = []
+    for image in images:
+        made = io.BytesIO()
+        Image.fromarray(image).save(made, "PNG")
+        pieces.append(made.getvalue())
+    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    return np.frombuffer(b"".join(pieces), dtype=np.uint8), offsets
+
+
+def write_npz(target: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write an npz file under exactly the name `target`."""
+    opened: BinaryIO
+    with target.open("wb") as opened:
+        np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
+
+
+def resized(images: Tensor, size: int | None, channels: int | None) -> Tensor:
+    """Images (N, C, H, W) uint8 brought to a square size and to 1 or 3 channels.
+
+    Whole factors of reduction are means over blocks (as "pooled" images of the sheets are);
+    all else is bilinear, with antialiasing where it reduces.
+    """
+    if channels == 3 and images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    elif channels == 1 and images.shape[1] == 3:
+        weights = torch.tensor(_GREY).view(1, 3, 1, 1)
+        images = _in_blocks(images, lambda block: (block * weights).sum(1, keepdim=True))
+    height, width = images.shape[-2:]
+    if size is None or (height, width) == (size, size):
+        return images.contiguous()
+    if height % size == 0 and width % size == 0:
+        return _in_blocks(images, lambda block: F.interpolate(block, (size, size), mode="area"))
+    return _in_blocks(
+        images,
+        lambda block: F.interpolate(
+            block, (size, size), mode="bilinear", align_corners=False, antialias=True
+        ),
+    )
+
+
+def _in_blocks(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    # Float copies of a whole set would need four times its memory.
+    parts = [
+        change(block.float()).round_().clamp_(0, 255).to(torch.uint8) for block in images.split(4096)
+    ]
+    return torch.cat(parts)
+
+
+def moments(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of images (N, C, H, W), in [0, 1] for uint8."""
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    count = images.numel() / images.shape[1]
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for block in images.split(4096):
+        values = block.double() / scale
+        total += values.sum((0, 2, 3))
+        squares += values.square().sum((0, 2, 3))
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    # A channel that never changes is not divided by.
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    return [round(v, 6) for v in mean.tolist()], [round(v, 6) for v in std.tolist()]
+
+
+def image_splits(
+    data: DataSet[Any],
+    official: Mapping[str, ImageRows],
+    options: ImageOptions,
+    *,
+    classes: Sequence[str],
+    digest: str,
+    edition: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Splits:
+    """Splits of a labelled image set, with only the wanted rows decoded.
+
+    Args:
+        data: its facts.
+        official: rows by official split.
+        options: what is kept and how it is read.
+        classes: names of all classes.
+        digest: sha256 of the content.
+        edition: name of the edition.
+        mean: per channel in [0, 1], of the training images as they are; measured when None
+            or when the channels are changed.
+        std: likewise.
+
+    Returns:
+        The official splits as sources of "x" (C, H, W) uint8, read as float in [0, 1], and
+        "target"; train reads are augmented.
+    """
+    for role, rows in official.items():
+        check_range(rows.labels, len(classes), f"{data.name} {role}")
+    choice = choose({r: s.labels for r, s in official.items()}, classes, options, name=data.name)
+    sources: dict[str, Source] = {}
+    shape: tuple[int, ...] = ()
+    for role, chosen in choice.splits.items():
+        native = official[role].read(chosen.rows)
+        pixels = resized(native, options.image_size, options.channels)
+        shape = tuple(pixels.shape[1:])
+        if role == "train" and (mean is None or std is None or shape[0] != native.shape[1]):
+            mean, std = moments(pixels)
+        sources[role] = TensorSource(
+            {"x": pixels, "target": chosen.labels},
+            augment=augment_of(options.augment, shape[-1]) if role == "train" else None,
+            ids=chosen.ids,
+            name=f"{data.name}/{role}",
+        )
+    about = {
+        "name": data.name,
+        "hash": digest,
+        "licence": data.licence,
+        "source": data.source,
+        "selection": choice.told,
+        "classes": choice.classes,
+        "input": list(shape),
+        "mean": list(mean or ()),
+        "std": list(std or ()),
+    }
+    return Splits(sources, f"{data.name} ({edition})", about)
+
+
+def augment_of(named: str, size: int) -> AugmentImages | None:
+    """The augmentation an option names; crops shift by up to an eighth of `size`."""
+    if named == "none":
+        return None
+    padding = max(1, size // 8) if "crop" in named else 0
+    return AugmentImages(padding=padding, flip="flip" in named)
+
+
+def check_range(labels: Tensor, classes: int, where: str) -> None:
+    """Refuse labels outside [0, classes).
+
+    Raises:
+        DataError: names the first such row.
+    """
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        row = int(wrong[0, 0])
+        raise DataError(
+            f"{where}, row {row}: the label {int(labels[row])} is out of range; "
+            f"there are {classes} classes, numbered from 0"
+        )
+
+
+def edition_of(data: DataSet[Any], digest: str, stored: str = "") -> str:
+    """The name of the edition: known by its hash, else what the file says, else its hash."""
+    return data.editions.get(digest) or stored or f"own copy {digest[:12]}"

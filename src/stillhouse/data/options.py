@@ -1,0 +1,156 @@
+"""What a recipe may say about how data is read; every data set's options derive from these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from stillhouse.errors import RecipeError, nearest
+
+Augment = Literal["none", "crop", "flip", "crop+flip"]
+
+
+class DataOptions(BaseModel):
+    """Options of every data set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    val: int | float = Field(
+        0.1,
+        description="rows (integer) or share (below 1) of train that are carved off for "
+        "validation by the run's seed, where the data has no val split of its own; 0: none",
+    )
+
+    @field_validator("val")
+    @classmethod
+    def _val_is_count_or_share(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError("a count of rows (integer >= 0) or a share in [0, 1)")
+        return value
+
+
+class ClassOptions(DataOptions):
+    """Options of data whose rows have a class."""
+
+    classes: int | list[int | str] | None = Field(
+        None,
+        description="keep only these classes, by name or number, renumbered in this order; "
+        "an integer n keeps the first n",
+    )
+    subset: int | dict[str, int] | None = Field(
+        None,
+        description="rows to keep per official split ({train: 5000, test: 1000}; an integer "
+        "means train), drawn by subset_seed, the same in every run; val is carved from them",
+    )
+    per_class: int | dict[str, int] | None = Field(
+        None,
+        description="rows to keep of every class, per official split (an integer means train)",
+    )
+    long_tail: float | None = Field(
+        None,
+        ge=1.0,
+        description="imbalance ratio r of train: class c keeps n * r^(-c/(C-1)) rows, "
+        "n = per_class or the rows of the smallest class",
+    )
+    subset_seed: int = Field(
+        0, description="seed of subset, per_class and long_tail; not the run's seed"
+    )
+    label_fraction: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="share of train that keeps its labels, by the run's seed; the rest becomes "
+        "the split 'unlabelled'",
+    )
+
+    @field_validator("classes")
+    @classmethod
+    def _at_least_two_classes(cls, value: int | list[int | str] | None) -> Any:
+        if value is not None and (value if isinstance(value, int) else len(value)) < 2:
+            raise ValueError("at least two classes are needed")
+        return value
+
+    @field_validator("subset", "per_class")
+    @classmethod
+    def _positive_counts(cls, value: int | dict[str, int] | None) -> Any:
+        counts = value.values() if isinstance(value, dict) else [] if value is None else [value]
+        if any(count < 1 for count in counts):
+            raise ValueError("counts must be at least 1")
+        return value
+
+
+class ImageOptions(ClassOptions):
+    """Options of sets of small images that are kept in memory."""
+
+    standard_augment: ClassVar[Augment] = "crop+flip"
+    flips: ClassVar[bool] = True
+
+    image_size: int | None = Field(
+        None, ge=4, le=1024, description="height and width in pixels; None: as they are"
+    )
+    channels: Literal[1, 3] | None = Field(
+        None, description="grey (1) or colour (3); None: as they are"
+    )
+    augment: Augment = Field(
+        "none",
+        description="of training reads: crop (random shift by up to an eighth of the size, "
+        "zero padded), flip (left to right, half of the reads); true: what is usual for the set",
+    )
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _augment_by_switch(cls, value: Any) -> Any:
+        if value is True:
+            return cls.standard_augment
+        return "none" if value is False or value is None else value
+
+    @field_validator("augment")
+    @classmethod
+    def _no_flipped_digits(cls, value: Augment) -> Augment:
+        if not cls.flips and "flip" in value:
+            raise ValueError("a flipped digit is another sign; use 'crop' or 'none'")
+        return value
+
+
+Options = TypeVar("Options", bound=DataOptions)
+
+
+def checked_options(name: str, model: type[Options], given: Mapping[str, Any]) -> Options:
+    """The options of data set `name`, typed, every default filled in.
+
+    Raises:
+        RecipeError: an unknown option (the nearest are named), or a value that does not fit;
+            every mistake is told at once.
+    """
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        wrong = [_sentence(name, model, entry) for entry in _without_branches(error)]
+        raise RecipeError("\n".join(dict.fromkeys(wrong))) from None
+
+
+def _without_branches(error: ValidationError) -> list[Any]:
+    # A union reports once per member; the field and the input are the same each time.
+    found: dict[str, Any] = {}
+    for entry in error.errors(include_url=False):
+        field = str(entry["loc"][0]) if entry["loc"] else ""
+        if field in found:
+            found[field] = {**found[field], "msg": f"{found[field]['msg']}; or {entry['msg']}"}
+        else:
+            found[field] = entry
+    return list(found.values())
+
+
+def _sentence(name: str, model: type[BaseModel], entry: Mapping[str, Any]) -> str:
+    field = str(entry["loc"][0]) if entry["loc"] else ""
+    if entry["type"] == "extra_forbidden":
+        return f"the data set '{name}' has no option '{field}'{nearest(field, model.model_fields)}"
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    if not field:
+        return f"options of the data set '{name}': {message}"
+    if entry["type"] == "missing":
+        about = model.model_fields[field].description or ""
+        return f"the data set '{name}' needs the option '{field}': {about}"
+    return f"data option '{field}' of '{name}': {message} (given: {entry['input']!r})"

@@ -1,0 +1,351 @@
+"""Which rows belong to which split: classes, subsets, long tails, validation, missing labels.
+
+Everything here works on positions and labels, so that only the rows that are kept need to be
+decoded. Chance comes from seeds alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from stillhouse.batch import Batch, Sample, Source, Splits, Subset, carve, read_rows
+from stillhouse.clock import Views, generator
+from stillhouse.data.options import ClassOptions
+from stillhouse.errors import DataError, RecipeError, nearest
+
+# Official splits whose rows stand for one another are numbered in this order.
+_ORDER = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of one official split that are kept.
+
+    Attributes:
+        rows: (n,) positions in the official split, ascending.
+        ids: (n,) content ids, unique over all splits of the data set.
+        labels: (n,) classes, renumbered.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is kept of a data set.
+
+    Attributes:
+        splits: by official split.
+        classes: names of the classes that are kept, in their new order.
+        told: one sentence on what was left out; empty when nothing was.
+    """
+
+    splits: Mapping[str, Chosen]
+    classes: list[str]
+    told: str
+
+
+def choose(
+    labels: Mapping[str, Tensor], classes: Sequence[str], options: ClassOptions, *, name: str
+) -> Choice:
+    """Apply `classes`, `subset`, `per_class` and `long_tail` to the official splits.
+
+    The order in which rows are taken is a fixed permutation per split (by `subset_seed`), so
+    that a larger subset contains a smaller one, and is the same for every run's seed.
+
+    Args:
+        labels: (N,) int64 class numbers per official split.
+        classes: names of all classes.
+        options: what to keep.
+        name: of the data set, for errors.
+
+    Raises:
+        RecipeError: unknown class or split.
+        DataError: fewer rows than asked for.
+    """
+    kept = _kept_classes(options.classes, classes, name)
+    renumbered = torch.full((len(classes),), -1, dtype=torch.int64)
+    renumbered[torch.tensor(kept)] = torch.arange(len(kept))
+    subset = _by_split(options.subset, labels, "subset", name)
+    per_class = _by_split(options.per_class, labels, "per_class", name)
+    chosen: dict[str, Chosen] = {}
+    told = [f"classes {', '.join(classes[k] for k in kept)}"] if options.classes else []
+    first_id = 0
+    for role in sorted(labels, key=lambda r: (_ORDER.index(r) if r in _ORDER else 9, r)):
+        own = renumbered[labels[role]]
+        order = torch.randperm(len(own), generator=generator(options.subset_seed, "subset", role))
+        order = order[own[order] >= 0]
+        tail = options.long_tail if role == "train" else None
+        if role in per_class or tail is not None:
+            counts = _counts(own, kept, classes, per_class.get(role), tail, f"{name} {role}")
+            order = _first_of_each(order, own[order], counts)
+        if role in subset:
+            if subset[role] > len(order):
+                raise DataError(
+                    f"data option 'subset': {subset[role]} rows are asked of {name} {role}, "
+                    f"which has {len(order)}"
+                )
+            order = order[: subset[role]]
+        rows = order.sort().values
+        if len(rows) == 0:
+            raise DataError(f"{name} {role} is empty")
+        chosen[role] = Chosen(rows, rows + first_id, own[rows])
+        if len(rows) < len(own):
+            told.append(f"{len(rows):,} of {len(own):,} {role} rows")
+        first_id += len(own)
+    if options.long_tail is not None:
+        told.append(f"long tail {options.long_tail:g}")
+    if told and (subset or per_class or options.long_tail is not None):
+        told.append(f"subset seed {options.subset_seed}")
+    return Choice(chosen, [classes[k] for k in kept], ", ".join(told))
+
+
+def _kept_classes(
+    wanted: int | Sequence[int | str] | None, classes: Sequence[str], name: str
+) -> list[int]:
+    if wanted is None:
+        return list(range(len(classes)))
+    if isinstance(wanted, int):
+        if wanted > len(classes):
+            raise RecipeError(
+                f"data option 'classes': {wanted} classes are asked of {name}, "
+                f"which has {len(classes)}"
+            )
+        return list(range(wanted))
+    kept = []
+    for entry in wanted:
+        if isinstance(entry, str) and entry in classes:
+            kept.append(classes.index(entry))
+        elif isinstance(entry, int) and 0 <= entry < len(classes):
+            kept.append(entry)
+        elif isinstance(entry, int):
+            raise RecipeError(
+                f"data option 'classes': {name} has classes 0 to {len(classes) - 1}, not {entry}"
+            )
+        else:
+            raise RecipeError(
+                f"data option 'classes': {name} has no class '{entry}'{nearest(entry, classes)}"
+            )
+    if len(set(kept)) < len(kept):
+        raise RecipeError(f"data option 'classes': a class is named twice in {list(wanted)}")
+    return kept
+
+
+def _by_split(
+    given: int | Mapping[str, int] | None, labels: Mapping[str, Tensor], option: str, name: str
+) -> dict[str, int]:
+    if given is None:
+        return {}
+    counts = {"train": given} if isinstance(given, int) else dict(given)
+    for role in counts:
+        if role not in labels:
+            raise RecipeError(
+                f"data option '{option}': {name} has no split '{role}'{nearest(role, labels)}"
+                + (" (val is carved from train: use the option 'val')" if role == "val" else "")
+            )
+    return counts
+
+
+def _counts(
+    own: Tensor,
+    kept: Sequence[int],
+    classes: Sequence[str],
+    per_class: int | None,
+    tail: float | None,
+    where: str,
+) -> list[int]:
+    """Rows to keep of each class."""
+    there = torch.bincount(own[own >= 0], minlength=len(kept)).tolist()
+    most = min(there) if per_class is None else per_class
+    last = max(1, len(kept) - 1)
+    wanted = [most if tail is None else max(1, round(most * tail ** (-c / last))) for c in range(
+        len(kept)
+    )]
+    for number, (has, asked) in enumerate(zip(there, wanted, strict=True)):
+        if has < asked:
+            raise DataError(
+                f"{where}: the class '{classes[kept[number]]}' has {has} rows, {asked} are asked"
+            )
+    return wanted
+
+
+def _first_of_each(order: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows of `order` that are among the first `counts[c]` of their class c."""
+    keep = torch.zeros(len(order), dtype=torch.bool)
+    for number, count in enumerate(counts):
+        keep[(labels == number).nonzero().squeeze(1)[:count]] = True
+    return order[keep]
+
+
+# Validation --------------------------------------------------------------------------------
+
+
+def with_val(
+    splits: Splits, val: int | float, *, seed: int, name: str, asked: bool = False
+) -> Splits:
+    """The splits with "val": their own, else carved off "train" by the run's seed.
+
+    Labelled rows are carved class by class, so that every class keeps its share.
+
+    Args:
+        splits: as opened.
+        val: a count of rows, or a share of train; 0 leaves "val" out.
+        seed: the run's.
+        name: of the data set.
+        asked: the user set `val`, which is an error where the data brings its own.
+
+    Raises:
+        RecipeError: `val` was set and the data has a validation split.
+        DataError: train is too small.
+    """
+    if "val" in splits:
+        if asked:
+            raise RecipeError(
+                f"data option 'val': {name} brings its own validation split of "
+                f"{splits.peek('val')} rows; leave 'val' out"
+            )
+        return splits
+    if not val or "train" not in splits:
+        return splits
+    train = splits["train"]
+    count = round(len(train) * val) if isinstance(val, float) else val
+    if not 0 < count < len(train):
+        raise DataError(f"data option 'val': cannot carve {count} of {len(train)} rows of {name}")
+    labels = labels_of(train)
+    rng = generator(seed, "val")
+    if labels is None:
+        rest, cut = carve(train, count, rng)
+    else:
+        held = torch.zeros(len(train), dtype=torch.bool)
+        held[stratified(labels, count, rng)] = True
+        rest, cut = Subset(train, (~held).nonzero()[:, 0]), Subset(train, held.nonzero()[:, 0])
+    return _with(splits, train=rest, val=cut)
+
+
+def stratified(labels: Tensor, count: int, rng: Generator) -> Tensor:
+    """`count` random rows, spread over the classes as evenly as their sizes allow.
+
+    Each class gives its share, rounded by largest remainder.
+
+    Args:
+        labels: (N,) int64.
+        count: rows to draw, at most N.
+        rng: the chance.
+
+    Returns:
+        (count,) positions, class by class.
+    """
+    values, sizes = torch.unique(labels, return_counts=True)
+    exact = sizes.double() * count / len(labels)
+    shares = exact.floor().long()
+    order = torch.argsort(exact - shares, descending=True, stable=True)
+    shares[order[: count - int(shares.sum())]] += 1
+    shuffled = torch.randperm(len(labels), generator=rng)
+    picked = [
+        shuffled[labels[shuffled] == value][: int(share)]
+        for value, share in zip(values.tolist(), shares.tolist(), strict=True)
+    ]
+    return torch.cat(picked)
+
+
+# Labels ------------------------------------------------------------------------------------
+
+
+def withhold_labels(splits: Splits, fraction: float, *, seed: int, name: str) -> Splits:
+    """Split "train" into rows with labels ("train") and without ("unlabelled").
+
+    At least one row of each class keeps its label.
+
+    Args:
+        splits: with labelled "train".
+        fraction: share that keeps labels, in (0, 1).
+        seed: the run's.
+        name: of the data set.
+
+    Raises:
+        DataError: train has no labels, or too few rows.
+    """
+    train = splits["train"]
+    labels = labels_of(train)
+    if labels is None:
+        raise DataError(f"data option 'label_fraction': {name} train has no labels")
+    count = round(len(train) * fraction)
+    present = len(labels.unique())
+    if not present <= count < len(train):
+        raise DataError(
+            f"data option 'label_fraction': {fraction:g} of {len(train)} rows of {name} is "
+            f"{count}; at least one row for each of {present} classes and fewer than all"
+        )
+    rng = generator(seed, "label_fraction")
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    shuffled = torch.randperm(len(labels), generator=rng)
+    kept[_first_of_each(shuffled, _dense(labels)[shuffled], [1] * present)] = True
+    others = (~kept).nonzero()[:, 0]
+    kept[others[stratified(labels[others], count - present, rng)]] = True
+    labelled = Subset(train, kept.nonzero()[:, 0])
+    return _with(
+        splits, train=labelled, unlabelled=Unlabelled(Subset(train, (~kept).nonzero()[:, 0]))
+    )
+
+
+def _dense(labels: Tensor) -> Tensor:
+    return torch.unique(labels, return_inverse=True)[1]
+
+
+class Unlabelled:
+    """A source whose labels are not shown."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source, marked as without labels."""
+        return f"unlabelled-{self.source.fingerprint}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
+        sample = self.source[item]
+        return {key: value for key, value in sample.items() if key != "target"}
+
+    def read(self, rows: Tensor, views: Views | None) -> Batch:
+        """As the source reads, without `target`."""
+        batch = read_rows(self.source, rows, views)
+        batch.pop("target", None)
+        return batch
+
+
+def labels_of(source: Source) -> Tensor | None:
+    """The labels of all rows, without reading any view that has to be decoded.
+
+    A source tells them by an attribute `targets` (N,), as lazily read ones do, or holds them
+    in memory (`TensorSource`); a `Subset` tells those of its rows.
+
+    Returns:
+        (N,) int64, or None where the source has no labels or one row has several.
+    """
+    if isinstance(source, Subset):
+        inner = labels_of(source.source)
+        return None if inner is None else inner[source.rows]
+    found: Any = getattr(source, "targets", None)
+    if found is None:
+        found = getattr(source, "views", {}).get("target")
+    if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point():
+        return None
+    return found.long()
+
+
+def _with(splits: Splits, **sources: Source) -> Splits:
+    """The splits with some replaced or added; "test" stays closed."""
+    opened = splits.judging()
+    merged = {role: opened[role] for role in opened}
+    return Splits({**merged, **sources}, splits.edition, splits.about)

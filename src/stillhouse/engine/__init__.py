@@ -1,0 +1,1 @@
+"""The one loop, and what keeps it safe: stages, checkpoints, log, progress, hardware."""

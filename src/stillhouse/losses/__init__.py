@@ -1,0 +1,1 @@
+"""Pure functions of tensors, by kind of knowledge: student first, then teacher, then target."""

@@ -1,0 +1,186 @@
+"""Distances between distributions, gradients and trajectories; pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import ModelError, RecipeError
+
+Counts = int | Sequence[int]
+
+
+def class_means(values: Tensor, counts: Counts) -> Tensor:
+    """Mean over the samples of each class of a class-major batch.
+
+    Args:
+        values: (N, ...), all rows of class 0 first, then of class 1, ...
+        counts: rows per class when all have equally many, or a list of K counts.
+
+    Returns:
+        (K, ...), float32 at least.
+
+    Raises:
+        ModelError: counts that do not add up to N, or a class without rows.
+    """
+    values = _at_least_float32(values)
+    rows = len(values)
+    if isinstance(counts, int):
+        if counts < 1 or rows % counts:
+            raise ModelError(f"{rows} rows are no whole number of classes of {counts} rows")
+        return values.reshape(rows // counts, counts, *values.shape[1:]).mean(1)
+    if sum(counts) != rows or min(counts, default=0) < 1:
+        raise ModelError(f"counts {list(counts)} must be positive and add up to {rows} rows")
+    return torch.stack([part.mean(0) for part in torch.split(values, list(counts))])
+
+
+def dm(
+    synthetic: Tensor,
+    real: Tensor,
+    *,
+    synthetic_counts: Counts,
+    real_counts: Counts,
+    reduction: Literal["sum", "none"] = "sum",
+) -> Tensor:
+    """Distribution matching: squared distance between class means, summed over dimensions.
+
+    `sum_c || mean_b real - mean_b synthetic ||^2` (Zhao & Bilen, Dataset Condensation with
+    Distribution Matching, WACV 2023; the loss of the released code). No gradient reaches the
+    real side.
+
+    Args:
+        synthetic: (N, D) embeddings, class-major.
+        real: (M, D) embeddings, class-major, the same classes.
+        synthetic_counts: rows per class; see `class_means`.
+        real_counts: rows per class; classes may differ.
+        reduction: "sum" over classes, or "none" for one value per class.
+
+    Returns:
+        A scalar, or (K,).
+    """
+    ours = class_means(synthetic, synthetic_counts).flatten(1)
+    theirs = class_means(real.detach(), real_counts).flatten(1)
+    _check_same(ours, theirs)
+    return _reduce((theirs - ours).square().sum(1), reduction)
+
+
+def gradient_cosine(
+    synthetic: Sequence[Tensor | None],
+    real: Sequence[Tensor | None],
+    *,
+    form: Literal["rows", "mse", "cosine"] = "rows",
+    eps: float = 1e-6,
+    reduction: Literal["sum", "none"] = "sum",
+) -> Tensor:
+    """Distance between two lists of parameter gradients.
+
+    "rows" is the distance of gradient matching (Zhao et al., Dataset Condensation, ICLR 2021,
+    released code): for every weight tensor, flattened to (out, rest), the sum over rows of
+    `1 - cos`; tensors of one dimension (biases, norms) contribute 0. "mse" is the SUM of
+    squared differences and "cosine" is one minus the cosine, both over all tensors at once.
+
+    Args:
+        synthetic: gradients of the synthetic batch, one per parameter.
+        real: gradients of the real batch; no gradient flows into them.
+        form: see above.
+        eps: added to the product of the norms.
+        reduction: "none" gives one value per tensor and exists for "rows" only.
+
+    Raises:
+        ModelError: lists of different length or shapes, or nothing to compare.
+        RecipeError: an unknown form or reduction.
+    """
+    if len(synthetic) != len(real):
+        raise ModelError(f"{len(synthetic)} gradients cannot be compared with {len(real)}")
+    pairs: list[tuple[Tensor, Tensor]] = [
+        (_at_least_float32(s), _at_least_float32(r.detach()))
+        for s, r in zip(synthetic, real, strict=True)
+        if s is not None and r is not None
+    ]
+    for s, r in pairs:
+        _check_same(s, r)
+    if not pairs:
+        raise ModelError("gradient distance: no gradient to compare")
+    if form == "rows":
+        return _reduce(torch.stack([_row_distance(s, r, eps) for s, r in pairs]), reduction)
+    if reduction != "sum":
+        raise RecipeError(f"gradient distance '{form}' has one value only: reduction must be 'sum'")
+    ours = torch.cat([s.flatten() for s, _ in pairs])
+    theirs = torch.cat([r.flatten() for _, r in pairs])
+    if form == "mse":
+        return (ours - theirs).square().sum()
+    if form == "cosine":
+        norms = torch.linalg.vector_norm(ours) * torch.linalg.vector_norm(theirs)
+        distance: Tensor = 1.0 - (ours * theirs).sum() / (norms + eps)
+        return distance
+    raise RecipeError(f"gradient distance has no form '{form}'; known: rows, mse, cosine")
+
+
+def trajectory_distance(
+    student: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    start: Tensor | Sequence[Tensor],
+) -> Tensor:
+    """`|| student - target ||^2 / || start - target ||^2` over all parameters.
+
+    The loss of trajectory matching (Cazenavette et al., Dataset Distillation by Matching
+    Training Trajectories, CVPR 2022, equation 2). It is 1 where the student has not moved and
+    0 where it has arrived; not finite where the expert stood still. No gradient reaches target
+    and start.
+
+    Args:
+        student: parameters after the inner steps, a tensor or a list of tensors.
+        target: the expert's later parameters, in the same form.
+        start: the expert's parameters the student began with.
+
+    Raises:
+        ModelError: parameters of different shapes, or none.
+    """
+    ours, theirs, begun = (
+        [x] if isinstance(x, Tensor) else list(x) for x in (student, target, start)
+    )
+    if not len(ours) == len(theirs) == len(begun):
+        raise ModelError(
+            f"trajectory distance: {len(ours)}, {len(theirs)} and {len(begun)} parameters"
+        )
+    for s, t, b in zip(ours, theirs, begun, strict=True):
+        _check_same(s, t)
+        _check_same(b, t)
+    reached = sum(_squared(s, t.detach()) for s, t in zip(ours, theirs, strict=True))
+    whole = sum(_squared(b.detach(), t.detach()) for b, t in zip(begun, theirs, strict=True))
+    if not isinstance(reached, Tensor) or not isinstance(whole, Tensor):
+        raise ModelError("trajectory distance: no parameters")
+    return reached / whole
+
+
+def _row_distance(synthetic: Tensor, real: Tensor, eps: float) -> Tensor:
+    if synthetic.ndim < 2:
+        return synthetic.new_zeros(())
+    ours, theirs = synthetic.flatten(1), real.flatten(1)
+    norms = torch.linalg.vector_norm(ours, dim=1) * torch.linalg.vector_norm(theirs, dim=1)
+    distance: Tensor = (1.0 - (ours * theirs).sum(1) / (norms + eps)).sum()
+    return distance
+
+
+def _squared(a: Tensor, b: Tensor) -> Tensor:
+    return (_at_least_float32(a) - _at_least_float32(b)).square().sum()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_same(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ModelError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    raise RecipeError(f"reduction must be 'sum' or 'none', got '{reduction}'")

@@ -1,0 +1,1 @@
+"""One file per paper, in rooms by what is distilled."""

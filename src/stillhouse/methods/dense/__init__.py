@@ -1,0 +1,1 @@
+"""Dense prediction: super-resolution, segmentation, detection."""

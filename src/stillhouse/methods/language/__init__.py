@@ -1,0 +1,1 @@
+"""Language: labelling, compression, sequence models."""

@@ -1,0 +1,1 @@
+"""Figures that the ecosystem's metric libraries do not have, and the few every report needs."""

@@ -1,0 +1,1 @@
+"""Small reference networks, a file each, and loading of models by id."""

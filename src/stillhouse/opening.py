@@ -1,0 +1,98 @@
+"""Reopen an artifact that a run has left."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stillhouse.artifact import (
+    Artifact,
+    Predictor,
+    read_description,
+    read_records,
+    read_tensors,
+    restore_weights,
+)
+from stillhouse.errors import CheckpointError
+from stillhouse.models.loading import load_model
+from stillhouse.net import Net
+
+
+def open_artifact(folder: Path | str, module: nn.Module | None = None) -> Artifact:
+    """Reopen an artifact.
+
+    Args:
+        folder: of the artifact, or of the run that made it.
+        module: the model to load the weights into; needed when the model was handed to the
+            run as an object, for then only its weights were kept.
+
+    Raises:
+        CheckpointError: no artifact, damaged, or the weights do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / "artifact.json").exists() and (folder / "artifact").is_dir():
+        folder = folder / "artifact"
+    about = read_description(folder)
+    artifact = Artifact(about["kind"], model=about.get("model", {}), meta=about.get("meta", {}))
+    if (folder / "tensors.safetensors").exists():
+        artifact.tensors = read_tensors(folder / "tensors.safetensors")
+    if (folder / "labels.jsonl").exists():
+        artifact.records = list(read_records(folder / "labels.jsonl"))
+    if (folder / "sheet.png").exists():
+        artifact.sheet = (folder / "sheet.png").read_bytes()
+    if "predictor" in about:
+        artifact.predictor = _predictor(folder, about, module)
+    for name in about.get("attachments", ()):
+        artifact.attachments[name] = open_artifact(folder / "attachments" / name)
+    return artifact
+
+
+def _predictor(folder: Path, about: dict[str, Any], module: nn.Module | None) -> Predictor:
+    model = about.get("model") or {}
+    if module is None:
+        if not model.get("id"):
+            raise CheckpointError(
+                f"{folder} holds the weights of a model that was handed in as an object; "
+                "give it: stillhouse.load(folder, module=your_model)"
+            )
+        module = load_model(
+            model["id"],
+            options=model.get("options", {}),
+            weights=None,
+            about=about.get("meta", {}).get("about", {}),
+        )
+    restore_weights(module, folder)
+    kind = predictor_class(about["predictor"]["class"])
+    return kind.restore(as_net(module, about.get("net") or {}), about["predictor"]["settings"])
+
+
+def as_net(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """The module as the Net it was."""
+    return Net(module, **settings) if settings and not isinstance(module, Net) else module
+
+
+def predictor_class(name: str) -> type[Predictor]:
+    """The class of a predictor, from this package or one that adds methods to it.
+
+    An artifact names a class; importing whatever it names would let a folder run code, so
+    only packages that are known to the catalogue are accepted.
+
+    Raises:
+        CheckpointError: another package, or no predictor.
+    """
+    module_name, _, class_name = name.partition(":")
+    known = {"stillhouse"}
+    known |= {e.value.partition(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
+    if module_name.split(".")[0] not in known:
+        raise CheckpointError(
+            f"the artifact's predictor '{name}' is not of a package that adds methods "
+            f"({', '.join(sorted(known))})"
+        )
+    found = getattr(importlib.import_module(module_name), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Predictor)):
+        raise CheckpointError(f"'{name}' is no predictor")
+    return found

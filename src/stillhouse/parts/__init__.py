@@ -1,0 +1,1 @@
+"""Stateful blocks and machinery that methods share."""

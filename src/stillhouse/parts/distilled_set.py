@@ -1,0 +1,377 @@
+"""The product of data-set distillation: a few images that stand for a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from stillhouse.errors import CheckpointError, DataError
+from stillhouse.parts.matrices import ZCA
+
+TENSORS = "distilled.safetensors"
+DESCRIPTION = "distilled.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Channel normalisation of images in [0, 1].
+
+    Attributes:
+        mean: one number per channel.
+        std: one positive number per channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise DataError(
+                f"normalisation needs as many means as positive deviations, got "
+                f"mean {self.mean}, std {self.std}"
+            )
+
+    def transform(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] to network-input space."""
+        return (images - self._column(self.mean, images)) / self._column(self.std, images)
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in network-input space back to [0, 1] (or beyond it)."""
+        return images * self._column(self.std, images) + self._column(self.mean, images)
+
+    def _column(self, values: Sequence[float], images: Tensor) -> Tensor:
+        if images.shape[1] != len(values):
+            raise DataError(
+                f"normalisation of {len(values)} channels on images of {images.shape[1]}"
+            )
+        return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+
+
+Preprocessing = MeanStd | ZCA
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How stored images become training images.
+
+    With `factor` f a stored image is a mosaic of f x f tiles; each is cut out and brought to
+    the full side (Kim et al., IDC, ICML 2022; used by NCFM). A side that f does not divide is
+    padded at the right and bottom with `pad` first.
+
+    Attributes:
+        factor: tiles per side; 1 leaves the images as they are.
+        upsample: interpolation mode.
+        pad: value of the padding, in the images' own space.
+    """
+
+    factor: int = 1
+    upsample: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    pad: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise DataError(f"decode factor must be at least 1, got {self.factor}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (f * f * B, C, H, W), tile-major: all of tile (0, 0) first."""
+        if self.factor == 1:
+            return images
+        height, width = images.shape[2:]
+        down, right = -height % self.factor, -width % self.factor
+        padded = F.pad(images, (0, right, 0, down), value=self.pad)
+        rows = padded.chunk(self.factor, dim=2)
+        tiles = torch.cat([tile for row in rows for tile in row.chunk(self.factor, dim=3)])
+        corners = None if self.upsample == "nearest" else False
+        return F.interpolate(tiles, size=(height, width), mode=self.upsample, align_corners=corners)
+
+
+@dataclass(frozen=True)
+class DistilledSet:
+    """A distilled data set: everything a stranger needs to train on it.
+
+    Attributes:
+        images: (N, C, H, W) float32 in network-input space (normalised or whitened), class
+            by class: all images of class 0 first.
+        labels: (N,) int64 hard labels, never falling.
+        classes: names of the K classes.
+        label_logits: (N, K) float32 or None; the softmax is taken in the loss.
+        lr: learning rate that was learned with the images, if one was.
+        preprocessing: from [0, 1] to network-input space, with its inverse; None if the
+            network sees [0, 1].
+        decode: how stored images become training images.
+        relabel: how labels are made anew in training (teacher, per-epoch store), if they are.
+        provenance: method, settings, seed, initialisation, data; plain JSON values.
+
+    Raises:
+        DataError: shapes that do not fit each other, labels out of range or not in class
+            order, values that are not finite.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    label_logits: Tensor | None = None
+    lr: float | None = None
+    preprocessing: Preprocessing | None = None
+    decode: Decode = field(default_factory=Decode)
+    relabel: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images, labels, count = self.images, self.labels, len(self.classes)
+        if images.ndim != 4 or len(images) == 0:
+            raise DataError(f"distilled images must be (N, C, H, W), got {tuple(images.shape)}")
+        if labels.shape != (len(images),) or labels.dtype != torch.int64:
+            raise DataError(
+                f"distilled labels must be ({len(images)},) int64, got "
+                f"{tuple(labels.shape)} {labels.dtype}"
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= count:
+            raise DataError(
+                f"distilled labels must lie in 0..{count - 1}, got "
+                f"{int(labels.min())}..{int(labels.max())}"
+            )
+        if bool((labels[1:] < labels[:-1]).any()):
+            raise DataError("distilled images must stand class by class: labels may not fall")
+        if not torch.isfinite(images).all():
+            raise DataError("distilled images hold values that are not finite")
+        logits = self.label_logits
+        if logits is not None and logits.shape != (len(images), count):
+            raise DataError(
+                f"label logits must be ({len(images)}, {count}), got {tuple(logits.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def counts(self) -> list[int]:
+        """Stored images per class."""
+        return [int(n) for n in torch.bincount(self.labels, minlength=len(self.classes))]
+
+    @property
+    def storage(self) -> dict[str, int]:
+        """Storage in bytes: of pixels, of labels (hard labels, and logits when there)."""
+        labels = self.labels.numel() * self.labels.element_size()
+        if self.label_logits is not None:
+            labels += self.label_logits.numel() * self.label_logits.element_size()
+        return {"pixels": self.images.numel() * self.images.element_size(), "labels": labels}
+
+    def training_images(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Decoded images, hard labels and label logits, row by row.
+
+        Returns:
+            `(images, labels, label_logits)`; with a decode factor f there are f * f times as
+            many rows as stored images, tile-major, no longer class by class.
+        """
+        copies = self.decode.factor**2
+        logits = None if self.label_logits is None else self.label_logits.repeat(copies, 1)
+        return self.decode(self.images), self.labels.repeat(copies), logits
+
+    def pixels(self) -> Tensor:
+        """Stored images (N, C, H, W) brought back to [0, 1]; what lies beyond is clipped."""
+        raw = self.images.detach().float()
+        back = raw if self.preprocessing is None else self.preprocessing.inverse(raw)
+        return back.clamp(0.0, 1.0)
+
+    def replace(self, **changes: Any) -> DistilledSet:
+        """The same set with some attributes changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    # ------------------------------------------------------------------ on disk
+    def save(self, folder: Path | str) -> Path:
+        """Writes `distilled.safetensors` and `distilled.json` into `folder`; returns it.
+
+        Each file is written beside and renamed; the description holds the hash of the
+        tensors and is written last, so a set that was cut short is told when read.
+        """
+        from safetensors.torch import save
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        content = save({k: v.detach().cpu().contiguous() for k, v in self._tensors().items()})
+        description = {
+            "version": _VERSION,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "classes": list(self.classes),
+            "lr": self.lr,
+            "preprocessing": self._preprocessing_name(),
+            "decode": dataclasses.asdict(self.decode),
+            "relabel": None if self.relabel is None else dict(self.relabel),
+            "provenance": dict(self.provenance),
+            "bytes": self.storage,
+        }
+        _write(target / TENSORS, content)
+        _write(target / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        return target
+
+    @classmethod
+    def load(cls, folder: Path | str) -> DistilledSet:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or of a later version.
+        """
+        from safetensors.torch import load
+
+        source = Path(folder)
+        try:
+            description = json.loads((source / DESCRIPTION).read_text())
+            content = (source / TENSORS).read_bytes()
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"no distilled set in {source}: {error.filename} is missing"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{source / DESCRIPTION} is damaged: {error}") from None
+        if description.get("version", 0) > _VERSION:
+            raise CheckpointError(
+                f"{source} was written by a later version of stillhouse "
+                f"(format {description['version']}, known: {_VERSION})"
+            )
+        if hashlib.sha256(content).hexdigest() != description.get("sha256"):
+            raise CheckpointError(f"{source / TENSORS} is damaged: its hash is not the stated one")
+        tensors = load(content)
+        return cls(
+            images=tensors["images"],
+            labels=tensors["labels"],
+            classes=tuple(description["classes"]),
+            label_logits=tensors.get("label_logits"),
+            lr=description["lr"],
+            preprocessing=_preprocessing(description["preprocessing"], tensors),
+            decode=Decode(**description["decode"]),
+            relabel=description["relabel"],
+            provenance=description["provenance"],
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"images": self.images, "labels": self.labels}
+        if self.label_logits is not None:
+            tensors["label_logits"] = self.label_logits
+        if isinstance(self.preprocessing, ZCA):
+            tensors |= {f"zca.{k}": v for k, v in self.preprocessing.tensors().items()}
+        return tensors
+
+    def _preprocessing_name(self) -> dict[str, Any] | None:
+        match self.preprocessing:
+            case None:
+                return None
+            case MeanStd(mean=mean, std=std):
+                return {"kind": "mean_std", "mean": list(mean), "std": list(std)}
+            case _:
+                return {"kind": "zca"}
+
+    # ------------------------------------------------------------------ other forms
+    def tensor_dataset(self) -> TensorDataset:
+        """Decoded images with their hard labels, and logits when there, for any data loader."""
+        images, labels, logits = self.training_images()
+        rows = (images, labels) if logits is None else (images, labels, logits)
+        return TensorDataset(*(t.detach().clone() for t in rows))
+
+    def export_image_folder(self, folder: Path | str) -> Path:
+        """Writes one PNG per stored image under a folder per class; returns the root.
+
+        The layout torchvision's ImageFolder and the Hugging Face loader read. Eight bits and
+        the clip to [0, 1] lose a little: train on the tensors where exactness counts.
+        """
+        from PIL import Image
+
+        root = Path(folder)
+        digits = len(str(len(self.classes) - 1))
+        pictures = _to_bytes(self.pixels())
+        within = [0] * len(self.classes)
+        for picture, label in zip(pictures, self.labels.tolist(), strict=True):
+            name = _safe(self.classes[label])
+            place = root / f"{label:0{digits}d}_{name}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
+                place / f"{within[label]:04d}.png"
+            )
+            within[label] += 1
+        return root
+
+    def picture_array(self, *, per_class: int = 10, gap: int = 2, side: int = 48) -> np.ndarray:
+        """A sheet of pictures, one row per class.
+
+        Args:
+            per_class: most images per row.
+            gap: white pixels between pictures.
+            side: small pictures are enlarged (by whole pixels) to about this side.
+
+        Returns:
+            (height, width, 3) uint8.
+        """
+        pictures = _to_bytes(self.pixels())
+        zoom = max(1, side // max(pictures.shape[1:3]))
+        pictures = pictures.repeat(zoom, axis=1).repeat(zoom, axis=2)
+        if pictures.shape[-1] == 1:
+            pictures = pictures.repeat(3, axis=-1)
+        elif pictures.shape[-1] != 3:
+            raise DataError(f"a picture needs 1 or 3 channels, these have {pictures.shape[-1]}")
+        labels = self.labels.cpu().numpy()
+        rows = [pictures[labels == c][:per_class] for c in range(len(self.classes))]
+        rows = [row for row in rows if len(row)]
+        high, wide = pictures.shape[1:3]
+        columns = max(len(row) for row in rows)
+        sheet = np.full(
+            (len(rows) * (high + gap) - gap, columns * (wide + gap) - gap, 3), 255, np.uint8
+        )
+        for r, row in enumerate(rows):
+            for c, picture in enumerate(row):
+                top, left = r * (high + gap), c * (wide + gap)
+                sheet[top : top + high, left : left + wide] = picture
+        return sheet
+
+    def picture_sheet(self, *, per_class: int = 10) -> bytes:
+        """`picture_array` as a PNG file's content."""
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(self.picture_array(per_class=per_class)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def _to_bytes(pixels: Tensor) -> np.ndarray:
+    """(N, C, H, W) in [0, 1] to (N, H, W, C) uint8."""
+    scaled = (pixels * 255.0).round().to(torch.uint8)
+    array: np.ndarray = scaled.permute(0, 2, 3, 1).cpu().numpy()
+    return array
+
+
+def _safe(name: str) -> str:
+    """A class name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name) or "class"
+
+
+def _preprocessing(
+    description: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> Preprocessing | None:
+    if description is None:
+        return None
+    if description["kind"] == "zca":
+        stored = {k.removeprefix("zca."): v for k, v in tensors.items() if k.startswith("zca.")}
+        return ZCA.from_tensors(stored)
+    return MeanStd(tuple(description["mean"]), tuple(description["std"]))
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,1 @@
+"""Procedures that take a Job and are shared by methods."""

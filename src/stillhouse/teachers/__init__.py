@@ -1,0 +1,1 @@
+"""Kinds of teachers: live modules, stores, functions, endpoints."""

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from stillhouse.bench import results as recorded
+from stillhouse.bench import table
+from stillhouse.bench.results import Results, judged
+from stillhouse.bench.show import difference, number, show, with_interval
+from stillhouse.bench.statistics import interval
+from stillhouse.method import Claim
+
+
+def measured(name="ours", note="") -> Results:
+    results = Results(name, "h1", seeds=[0, 1, 2, 3, 4], note=note, date="2030-01-02T00:00:00")
+    for seed in range(5):
+        results.record(name, seed, {"accuracy": 0.9 + 0.001 * seed, "seconds": 30.0})
+        results.record("<b>|theirs", seed, {"accuracy": 0.8, "seconds": 10.0})
+    results.claims = judged(
+        results, [Claim("beats | <script>alert(1)</script>", "accuracy", name, "<b>|theirs")]
+    )
+    return results
+
+
+def test_numbers_and_intervals_are_rounded_alike():
+    assert number(None) == number(float("nan")) == "–"
+    assert number(0.123456) == "0.1235"
+    assert number(1234567.0) == "1,234,567"
+    assert number(0.0) == "0"
+    assert with_interval(interval([0.9])) == "0.9"
+    assert with_interval(interval([])) == "–"
+    assert with_interval(interval([0.5, 0.5])) == "0.5 ± 0"
+    assert with_interval(interval([0.91, 0.92, 0.93])) == "0.920 ± 0.025"
+    assert with_interval(interval([30.0, 31.0, 33.0])) == "31.3 ± 3.8"
+    assert difference({"difference": None}) == "–"
+
+
+def test_page_has_every_verdict_and_no_markup_of_others(tmp_path):
+    found = measured(note="a <note>")
+    page = table.markdown([found], {"ours": "h1"})
+    assert "**supported**" in page
+    assert "| ours | 1 | 0 | 0 | 2030-01-02 |" in page
+    assert "(stale)" not in page
+    for line in page.splitlines():
+        assert "<script>" not in line.replace("\\<", "")
+    row = next(line for line in page.splitlines() if "alert" in line)
+    assert row.replace("\\|", "").count("|") == 5
+    assert "a \\<note\\>" in page
+
+
+def test_stale_results_are_marked(tmp_path):
+    page = table.markdown([measured()], {"ours": "other"})
+    assert "## ours (stale)" in page
+    assert "2030-01-02 (stale)" in page
+
+
+def test_written_from_a_folder(tmp_path):
+    for name in ("zeta", "alpha"):
+        recorded.write(measured(name), tmp_path / "results" / f"{name}.json")
+    path = table.write(tmp_path / "results", tmp_path / "docs" / "results.md")
+    page = path.read_text()
+    assert page.index("## alpha") < page.index("## zeta")
+    empty = table.write(tmp_path / "nothing", tmp_path / "docs" / "empty.md")
+    assert "No results are recorded yet" in empty.read_text()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_shown_on_a_terminal_and_off_it(terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100)
+    results = measured(note="[bold]not markup[/bold]")
+    show(results, console, stale=True)
+    text = out.getvalue()
+    assert ("\x1b[" in text) == terminal
+    for expected in ("supported", "0.9020 ± 0.0020", "accuracy per extra second", "stale"):
+        assert expected in text
+    assert "[bold]not markup[/bold]" in text
+    assert "ours higher than <b>|theirs" in text

@@ -1,0 +1,398 @@
+"""The loop: resume is exact, micro-batches equal one batch, proposals, guards."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stillhouse.batch import Shuffled, Splits, TensorSource
+from stillhouse.engine.hardware import Hardware
+from stillhouse.engine.job import Best, Each, Job
+from stillhouse.engine.log import RunLog
+from stillhouse.errors import CheckpointError, Interrupted, RecipeError, TrainingError
+from stillhouse.net import Net
+from stillhouse.objective import Objective
+from stillhouse.parts.schedule import cosine
+from stillhouse.task import Task
+
+
+class Regression(Task):
+    name = "regression"
+    main_metric = "error"
+    higher_is_better = False
+
+    def net(self, module, taps=None):
+        return Net(module, answer="y", taps=taps)
+
+    def metrics(self):
+        return {"error": MeanError()}
+
+
+class MeanError:
+    higher_is_better = False
+
+    def __init__(self):
+        self.sum = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, out, batch):
+        self.sum += torch.tensor(
+            [float((out["y"] - batch["target"]).square().sum()), len(batch["target"])]
+        )
+
+    def totals(self):
+        return self.sum
+
+    def take(self, totals):
+        self.sum = totals
+
+    def compute(self):
+        return {"error": float(self.sum[0] / self.sum[1])}
+
+
+class Fit(Objective):
+    """A regression with dropout, a running mean as proposal and noise by the clock."""
+
+    def __init__(self, student, noise=0.0, poison=-1):
+        super().__init__(student)
+        self.noise, self.poison = noise, poison
+        self.register_buffer("seen", torch.zeros(()))
+        self.steps_seen = 0
+
+    def forward(self, batch, knowledge, clock):
+        x = batch.view("x") + self.noise * clock.randn("noise", batch, batch.view("x").shape[1])
+        y = self.student(x)["y"]
+        self.propose(seen=0.9 * self.seen + 0.1 * x.mean())
+        loss = F.mse_loss(y, batch["target"])
+        if clock.step == self.poison:
+            loss = loss * float("nan")
+        return {"task": loss, "size": 0.01 * y.square().mean()}
+
+
+def data(rows=96):
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 6, generator=rng)
+    return TensorSource({"x": x, "target": x[:, :2].sin()}, name="toy")
+
+
+def recipe(**budget):
+    values = dict(
+        steps=None, epochs=3, batch=16, lr=0.05, optimizer="sgd", momentum=0.9, nesterov=False,
+        weight_decay=0.0, schedule="cosine", milestones=[], gamma=0.1, warmup=2, clip=None,
+        accumulate=1, validate_every=None, select="last", metric=None, ema=None,
+    )
+    values.update(budget)
+    output = types.SimpleNamespace(checkpoint_minutes=1.0, keep=2, log_every=5)
+    return types.SimpleNamespace(
+        budget=types.SimpleNamespace(**values), output=output,
+        hardware=types.SimpleNamespace(workers=0),
+    )
+
+
+def make_job(folder: Path, seed=0, **budget):
+    source = data()
+    splits = Splits({"train": source, "val": data(32)}, "toy")
+    return Job(
+        recipe(**budget), Regression(splits), folder, seed=seed, hardware=Hardware(
+            accelerator="cpu"), log=RunLog(folder), models=None, cache=folder / "cache",
+    )  # fmt: skip
+
+
+def student(job, dropout=0.0):
+    def make():
+        return nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 2)
+        )
+
+    return job.task.net(job.build(make, "student"))
+
+
+def train(job, dropout=0.2, noise=0.1, **fit):
+    objective = Fit(student(job, dropout), noise)
+    done = job.fit("student", objective, job.order("train"), **fit)
+    return {k: v.clone() for k, v in objective.state_dict().items()}, done
+
+
+class Killer(Fit):
+    """Asks the run to stop at a step, as a signal would."""
+
+    def __init__(self, student, noise, at, job):
+        super().__init__(student, noise)
+        self.at, self.job = at, job
+
+    def after_step(self, clock):
+        if clock.step == self.at:
+            self.job.stop.asked = 15
+
+
+@pytest.mark.parametrize("settings", [{}, {"select": "best"}, {"ema": 0.9}, {"accumulate": 4}])
+def test_resume_is_bit_for_bit(tmp_path, settings):
+    whole, done = train(make_job(tmp_path / "whole", **settings))
+    for at in (0, 4, 5, 11):
+        folder = tmp_path / f"cut{at}"
+        job = make_job(folder, **settings)
+        with pytest.raises(Interrupted):
+            job.fit("student", Killer(student(job, 0.2), 0.1, at, job), job.order("train"))
+        resumed, again = train(make_job(folder, **settings))
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+        assert again.scores == done.scores
+        assert again.best_step == done.best_step
+
+
+def test_finished_stage_is_read_back_not_run(tmp_path):
+    first, _ = train(make_job(tmp_path))
+    job = make_job(tmp_path)
+    objective = Fit(student(job, 0.2), 0.1)
+    objective.forward = None  # would raise if it were called
+    job.fit("student", objective, job.order("train"))
+    assert all(torch.equal(first[k], v) for k, v in objective.state_dict().items())
+    assert not objective.training
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 5])
+def test_micro_batches_equal_one_batch(tmp_path, pieces):
+    def run(folder, accumulate):
+        job = make_job(folder, accumulate=accumulate)
+        net = job.task.net(job.build(lambda: nn.Linear(6, 2), "student"))
+        objective = Fit(net, 0.1)
+        job.fit("student", objective, job.order("train"), clip=0.5)
+        return objective.student.state_dict()
+
+    one, many = run(tmp_path / "one", 1), run(tmp_path / "many", pieces)
+    for key in one:
+        assert torch.allclose(one[key], many[key], atol=1e-6), key
+
+
+def test_damaged_checkpoint_falls_back_and_ends_equal(tmp_path):
+    whole, _ = train(make_job(tmp_path / "whole"))
+    folder = tmp_path / "cut"
+    for at in (4, 9):
+        job = make_job(folder)
+        with pytest.raises(Interrupted):
+            job.fit("student", Killer(student(job, 0.2), 0.1, at, job), job.order("train"))
+    files = sorted((folder / "stages" / "student").glob("step-*.state"))
+    assert len(files) == 2
+    content = bytearray(files[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[-1].write_bytes(content)
+    resumed, _ = train(make_job(folder))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert "damaged" in (folder / "log.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        job = make_job(tmp_path / "all-bad")
+        with pytest.raises(Interrupted):
+            job.fit("student", Killer(student(job, 0.2), 0.1, 4, job), job.order("train"))
+        for path in (tmp_path / "all-bad" / "stages" / "student").glob("step-*.state"):
+            path.write_bytes(path.read_bytes()[:-7])
+        train(make_job(tmp_path / "all-bad"))
+
+
+def test_not_finite_names_the_term_and_keeps_the_checkpoint(tmp_path):
+    job = make_job(tmp_path)
+    job.recipe.output.checkpoint_minutes = 0
+    objective = Fit(student(job), poison=7)
+    with pytest.raises(TrainingError, match=r"'task'.*step 7"):
+        job.fit("student", objective, job.order("train"))
+    assert list((tmp_path / "stages" / "student").glob("step-*7.state"))
+
+
+def test_changed_stage_is_refused_with_its_field(tmp_path):
+    train(make_job(tmp_path))
+    with pytest.raises(CheckpointError, match="steps: 18 -> 24"):
+        train(make_job(tmp_path, epochs=4))
+
+
+def test_a_name_used_twice_is_refused(tmp_path):
+    job = make_job(tmp_path)
+    train(job)
+    with pytest.raises(RecipeError, match="begun twice"):
+        train(job)
+    child = job.child("round", 1)
+    train(child)
+
+
+def test_best_keeps_the_best_validation_state(tmp_path):
+    job = make_job(tmp_path, select="best", epochs=4, lr=0.3)
+    objective = Fit(student(job))
+    done = job.fit("student", objective, job.order("train"))
+    assert job.evaluate(objective.export(), "val")["error"] == pytest.approx(done.scores["error"])
+    lines = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "validation" in line]
+    assert len(lines) == 4
+
+
+def test_snapshots_differ_and_begin_with_the_initial_state(tmp_path):
+    from stillhouse.engine.checkpoint import read_state
+
+    job = make_job(tmp_path)
+    objective = Fit(student(job))
+    before = objective.student.module[0].weight.detach().clone()
+    done = job.fit("student", objective, job.order("train"), keep=Each(1))
+    assert len(done.snapshots) == 4
+    states = [read_state(path)["0.weight"] for path in done.snapshots]
+    assert torch.equal(states[0], before)
+    assert all(not torch.equal(a, b) for a, b in zip(states, states[1:], strict=False))
+    assert torch.equal(states[-1], objective.student.module[0].weight)
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    a, _ = train(make_job(tmp_path / "a", seed=1))
+    b, _ = train(make_job(tmp_path / "b", seed=1))
+    c, _ = train(make_job(tmp_path / "c", seed=2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_once_returns_what_it_reads_back(tmp_path):
+    calls = []
+
+    def value():
+        calls.append(1)
+        return {"t": torch.arange(3), "x": 0.1, "names": ["a", "b"], "pair": (1, None)}
+
+    first = make_job(tmp_path).once("closed", value)
+    second = make_job(tmp_path).once("closed", value)
+    assert len(calls) == 1
+    assert torch.equal(first["t"], second["t"])
+    assert first["x"] == second["x"] == 0.1
+    assert second["pair"] == (1, None)
+
+
+def test_shared_stage_is_made_once(tmp_path):
+    share = {"data": "toy", "seed": 0}
+    a = make_job(tmp_path)
+    a.fit("teacher", Fit(student(a)), a.order("train"), share=share)
+    b = make_job(tmp_path / "other")
+    b.cache = a.cache
+    objective = Fit(student(b))
+    objective.forward = None
+    b.fit("teacher", objective, b.order("train"), share=share)
+
+
+def test_optimisers_by_pattern_move_every_parameter_once(tmp_path):
+    job = make_job(tmp_path)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    with pytest.raises(RecipeError, match="no optimiser moves"):
+        job.fit("a", Fit(student(job)), job.order("train"), optim={"student.module.0.*": sgd})
+    with pytest.raises(RecipeError, match="matched by two"):
+        job.fit("b", Fit(student(job)), job.order("train"), optim={"*": sgd, "student.*": sgd})
+    with pytest.raises(RecipeError, match="matches no parameter"):
+        job.fit("c", Fit(student(job)), job.order("train"), optim={"*": sgd, "nobody": sgd})
+
+
+def test_redo_runs_the_stage_and_what_follows(tmp_path):
+    from stillhouse.engine.job import Family
+
+    first = make_job(tmp_path)
+    assert [first.once(n, lambda: 1) for n in "abc"] == [1, 1, 1]
+    again = make_job(tmp_path)
+    again.family = Family(("b",))
+    assert [again.once(n, lambda: 2) for n in "abc"] == [1, 2, 2]
+
+
+def test_schedule_reaches_the_rate(tmp_path):
+    job = make_job(tmp_path)
+    rates = []
+
+    class Watch(Fit):
+        def before_step(self, clock):
+            rates.append(cosine()(clock))
+
+    job.fit("student", Watch(student(job)), job.order("train"))
+    assert rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_two_turns_move_their_own_parameters(tmp_path):
+    class Players(Objective):
+        turns = ("critic", "maker")
+
+        def __init__(self):
+            super().__init__()
+            self.critic = nn.Linear(6, 1)
+            self.maker = nn.Linear(6, 6)
+            self.student = self.maker
+            self.seen = []
+
+        def forward(self, batch, knowledge, clock):
+            score = self.critic(self.maker(batch.view("x"))).mean()
+            return {f"{clock.turn}/score": score if clock.turn == "critic" else -score}
+
+        def after_backward(self, terms, clock):
+            moved = {n.split(".")[0] for n, p in self.named_parameters() if p.grad is not None}
+            self.seen.append((clock.turn, moved))
+            for parameter in self.parameters():
+                parameter.grad = None
+            return True
+
+    job = make_job(tmp_path, steps=2, epochs=None)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    objective = Players()
+    job.fit("play", objective, job.order("train"), optim={"critic.*": sgd, "maker.*": sgd})
+    assert objective.seen[:2] == [("critic", {"critic"}), ("maker", {"maker"})]
+
+
+def test_refused_step_changes_nothing(tmp_path):
+    class Refuses(Fit):
+        def after_backward(self, terms, clock):
+            return False
+
+    job = make_job(tmp_path, steps=3, epochs=None)
+    net = job.task.net(job.build(lambda: nn.Linear(6, 2), "student"))
+    objective = Refuses(net)
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    job.fit("student", objective, job.order("train"))
+    assert all(torch.equal(before[k], v) for k, v in objective.state_dict().items())
+
+
+def test_a_term_over_nothing_is_dropped(tmp_path):
+    class Sometimes(Fit):
+        def count(self, batch):
+            return {"": batch.size, "size": 0}
+
+        def forward(self, batch, knowledge, clock):
+            terms = super().forward(batch, knowledge, clock)
+            terms["size"] = terms["size"] * float("nan")
+            return terms
+
+    job = make_job(tmp_path, steps=3, epochs=None)
+    job.fit("student", Sometimes(student(job)), job.order("train"))
+
+
+def test_forward_twice_proposes_once(tmp_path):
+    job = make_job(tmp_path, steps=1, epochs=None)
+    objective = Fit(student(job))
+    batch = job.order("train").read(torch.arange(8), __import__("stillhouse.clock").clock.Views(0))
+    clock = job.clock("x")
+    state = {k: v.clone() for k, v in objective.state_dict().items() if "running" not in k and "tracked" not in k}
+    objective.forward(batch, None, clock)
+    objective.forward(batch, None, clock)
+    assert all(torch.equal(objective.state_dict()[k], v) for k, v in state.items())
+    assert len(objective._made) == 1
+
+
+def test_source_is_reread_in_the_same_order_by_workers(tmp_path):
+    whole, _ = train(make_job(tmp_path / "a"))
+    job = make_job(tmp_path / "b")
+    job.recipe.hardware.workers = 3
+    ahead, _ = train(job)
+    assert all(torch.equal(whole[k], ahead[k]) for k in whole)
+
+
+def test_order_knows_no_empty_source():
+    from stillhouse.errors import DataError
+
+    with pytest.raises(DataError, match="empty"):
+        TensorSource({"x": torch.zeros(0, 3)})
+    with pytest.raises(DataError, match="batch size"):
+        Shuffled(data(), 0)
+
+
+def test_best_without_validation_split_is_refused(tmp_path):
+    job = make_job(tmp_path)
+    job.task.splits = Splits({"train": data()}, "toy")
+    with pytest.raises(RecipeError, match="validation split"):
+        job.fit("student", Fit(student(job)), job.order("train"), keep=Best())

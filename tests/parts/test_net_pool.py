@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from stillhouse.errors import CheckpointError, ModelError
+from stillhouse.models.convnet import ConvNet
+from stillhouse.parts.net_pool import NetPool
+
+
+def factory() -> nn.Module:
+    return ConvNet(3, 4, 8, width=4, depth=2)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_fresh_networks_are_a_function_of_the_generator_and_leave_the_global_state():
+    pool = NetPool(factory)
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    rng = generator()
+    first, second = pool.fresh(rng), pool.fresh(rng)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(first, pool.fresh(generator()))
+    assert not same(first, second)
+
+
+def test_fresh_networks_are_frozen_and_in_train_mode():
+    net = NetPool(factory).fresh(generator())
+    assert net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    image = torch.randn(1, 3, 8, 8, requires_grad=True)
+    net(image).sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_the_initialisation_has_the_spread_of_the_constructor():
+    net = NetPool(factory).fresh(generator())
+    bound = (3 * 9) ** -0.5  # kaiming uniform with a = sqrt 5
+    weight = net.features[0].weight
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.9 * bound
+
+
+def test_the_global_state_is_restored_when_building_fails():
+    def broken() -> nn.Module:
+        torch.rand(3)
+        raise RuntimeError("no")
+
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no"):
+        NetPool(broken).fresh(generator())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpoints_are_drawn_and_loaded(tmp_path):
+    nets = [NetPool(factory).fresh(generator(seed)) for seed in range(3)]
+    save_file(nets[2].state_dict(), tmp_path / "two.safetensors")
+    states = [nets[0].state_dict(), nets[1].state_dict(), tmp_path / "two.safetensors"]
+    pool = NetPool(factory, states)
+    for index, net in enumerate(nets):
+        assert same(pool.load(index), net)
+    rng = generator()
+    drawn = [pool.fresh(rng) for _ in range(30)]
+    assert {next(i for i, n in enumerate(nets) if same(n, net)) for net in drawn} == {0, 1, 2}
+
+
+def test_bad_pools_are_told():
+    with pytest.raises(ModelError, match="empty list"):
+        NetPool(factory, [])
+    with pytest.raises(ModelError, match="no checkpoints"):
+        NetPool(factory).load(0)
+    with pytest.raises(CheckpointError, match="checkpoint 0 does not fit"):
+        NetPool(factory, [{"weight": torch.ones(1)}]).load(0)
