@@ -153,7 +153,10 @@ class Source(Protocol):
     need, and `id_of(i)`, the content id of position i (the position when absent).
     """
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """What tells this data, and how it is read, from any other."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -223,6 +226,10 @@ class TensorSource:
         if self.augment is not None and views is not None:
             batch = self.augment(batch, views)
         return batch
+
+    def id_of(self, index: int) -> int:
+        """The content id of position `index`."""
+        return int(self.ids[index])
 
     def _gather(self, rows: Tensor) -> Batch:
         batch = Batch(id=self.ids[rows])

@@ -239,6 +239,7 @@ class _Memory:
         self.old: dict[str, Any] = {}
         self.new: dict[str, Any] = {}
         self.points: dict[str, Any] = {}
+        self.looked = False
         with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored["stamp"] == self.stamp:
@@ -249,7 +250,7 @@ class _Memory:
         stamp = _installed_stamp()
         if self.points.get("stamp") != stamp:
             self.points = {"stamp": stamp, "modules": _foreign()}
-            self.old.setdefault("", None)
+            self.looked = True
         return list(self.points["modules"])
 
     def read(self, module: str, path: Path) -> list[Entry]:
@@ -266,7 +267,7 @@ class _Memory:
 
     def save(self) -> None:
         """Write what is new; a cache that cannot be written only costs time."""
-        if self.new == self.old:
+        if self.new == self.old and not self.looked:
             return
         kept = {"stamp": self.stamp, "foreign": self.points, "files": self.new}
         aside = self.path.with_name(f".catalogue-{os.getpid()}.json")

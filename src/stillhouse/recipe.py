@@ -41,6 +41,9 @@ Share = Annotated[float, Strict(), Field(gt=0, lt=1)]
 Reference = Annotated[str, Strict(), StringConstraints(pattern=r"^[\w.]+:[\w.]+$")]
 Name = TypeVar("Name", bound=BaseModel)
 
+# Stands for a model or data that was handed in as an object, by people with their own code.
+GIVEN = "given"
+
 # What may differ between a run and its resumption without changing what it computes.
 FREE = (
     "output",
@@ -671,7 +674,7 @@ def _unknown_names(recipe: Recipe) -> Iterable[str]:
     task, data = recipe.task, recipe.data.name
     if task is not None and ":" not in task and task not in tasks:
         yield _place(recipe, "task", f"unknown task '{task}'", task, tasks)
-    if ":" not in data and data not in sets:
+    if data != GIVEN and ":" not in data and data not in sets:
         yield _place(recipe, "data.name", f"unknown data set '{data}'", data, sets)
 
 

@@ -48,11 +48,13 @@ class Task:
         name: as a recipe says it.
         main_metric: the figure by which models are chosen and claims are judged.
         higher_is_better: the sense of `main_metric`.
+        evaluation_batch: rows read at once while a split is judged.
     """
 
     name: ClassVar[str] = ""
     main_metric: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = True
+    evaluation_batch: ClassVar[int] = 256
 
     def __init__(self, splits: Splits) -> None:
         self.splits = splits

@@ -7,8 +7,9 @@ from rich.console import Console
 
 from stillhouse.bench import results as recorded
 from stillhouse.bench import table
+from stillhouse.bench.figures import count, duration, number, share, size, with_interval
 from stillhouse.bench.results import Results, judged
-from stillhouse.bench.show import difference, number, show, with_interval
+from stillhouse.bench.show import difference, show
 from stillhouse.bench.statistics import interval
 from stillhouse.method import Claim
 
@@ -35,6 +36,25 @@ def test_numbers_and_intervals_are_rounded_alike():
     assert with_interval(interval([0.91, 0.92, 0.93])) == "0.920 ± 0.025"
     assert with_interval(interval([30.0, 31.0, 33.0])) == "31.3 ± 3.8"
     assert difference({"difference": None}) == "–"
+
+
+def test_counts_sizes_times_and_shares():
+    assert [count(v) for v in (12, 1234, 45_600_000, 7.89e9, None)] == [
+        "12",
+        "1.23 k",
+        "45.6 M",
+        "7.89 G",
+        "–",
+    ]
+    assert [size(v) for v in (640, 2600, 14_300_000, None)] == ["640 B", "2.6 kB", "14.3 MB", "–"]
+    assert [duration(v) for v in (0.0421, 38.2, 185.0, 7800.0, None)] == [
+        "0.042 s",
+        "38 s",
+        "3 min 05 s",
+        "2 h 10 min",
+        "–",
+    ]
+    assert [share(v) for v in (0.624, 0.0, 0.004, None)] == ["62 %", "0 %", "under 1 %", "–"]
 
 
 def test_page_has_every_verdict_and_no_markup_of_others(tmp_path):

@@ -39,7 +39,9 @@ def images(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def weights_of(case: dict[str, np.ndarray], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def weights_of(
+    case: dict[str, np.ndarray], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     return {k[2:]: torch.from_numpy(v).to(dtype) for k, v in case.items() if k.startswith("w.")}
 
 

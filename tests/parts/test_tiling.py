@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -168,7 +170,7 @@ def test_tiles_cover_with_enough_context(length: int) -> None:
     starts = tile_starts(length, tile, overlap)
     assert starts[0] == 0
     assert starts[-1] == max(0, length - tile)
-    assert all(a + tile - b >= 2 * overlap for a, b in zip(starts, starts[1:], strict=False))
+    assert all(a + tile - b >= 2 * overlap for a, b in pairwise(starts))
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from itertools import pairwise
 
@@ -245,9 +243,9 @@ def test_a_server_that_never_answers_stops_the_run(tmp_path, kind, words):
     with (
         LocalServer(rule=UPPER, always=kind, log=tmp_path / "log") as server,
         Journal(tmp_path / "j") as journal,
+        pytest.raises(TeacherError, match=f"in a row.*{words}"),
     ):
-        with pytest.raises(TeacherError, match=f"in a row.*{words}"):
-            Endpoint(server.url, patience=patience, concurrency=4).label(questions(1000), journal)
+        Endpoint(server.url, patience=patience, concurrency=4).label(questions(1000), journal)
     assert len(log_of(tmp_path / "log")) < 200
 
 
@@ -331,46 +329,44 @@ def test_bad_settings_are_told():
 
 # Killed and begun again ------------------------------------------------------------------
 
-WORK = """
-    import sys
-    from stillhouse.engine.journal import Journal
-    from stillhouse.parts.requests import chat
-    from stillhouse.teachers.asking import Patience
-    from stillhouse.teachers.endpoint import Endpoint
-    url, path = sys.argv[1:]
-    asked = (chat(f"question {i}", model="m", temperature=0.3) for i in range(200))
+
+def work(url: str, path: str, said) -> None:
+    """The whole labelling run, in a process of its own."""
     with Journal(path, fsync_every=16) as journal:
+        said.send(len(journal.uncertain))
         patience = Patience(first=0.01, longest=0.05)
-        print(len(journal.uncertain), flush=True)
-        tally = Endpoint(url, concurrency=8, patience=patience).label(asked, journal)
-        print(tally.answered, flush=True)
-"""
+        endpoint = Endpoint(url, concurrency=8, patience=patience)
+        said.send(endpoint.label(questions(200), journal).answered)
 
 
 def test_kill_minus_nine_and_resume_sends_what_is_missing(tmp_path):
     """Ten kills at random moments, against a server that fails a tenth of the time."""
     log, path = tmp_path / "log", tmp_path / "journal"
     draw = random.Random(0)
-    told, kept = 0, 0
-    faults = {"500": 0.05, "drop": 0.05}
-    with LocalServer(rule=UPPER, log=log, latency=0.05, seed=5, **faults) as server:
-        command = [sys.executable, "-c", textwrap.dedent(WORK), server.url, str(path)]
+    told = kept = 0
+    fork = multiprocessing.get_context("fork")  # an import of torch each time would take long
+    with LocalServer(
+        rule=UPPER, log=log, latency=0.05, seed=5, **{"500": 0.05, "drop": 0.05}
+    ) as server:
         for _ in range(10):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            assert process.stdout is not None
-            told += int(process.stdout.readline())
+            heard, said = fork.Pipe(duplex=False)
+            process = fork.Process(target=work, args=(server.url, str(path), said))
+            process.start()
+            told += heard.recv()
             time.sleep(draw.uniform(0.0, 0.25))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
             with Journal(path, write=False) as journal:
                 assert len(journal) >= kept
                 kept = len(journal)
         assert 0 < kept < 200
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    uncertain, answered = map(int, out.split())
-    told += uncertain
-    assert answered == 200 - kept
+        heard, said = fork.Pipe(duplex=False)
+        process = fork.Process(target=work, args=(server.url, str(path), said))
+        process.start()
+        told += heard.recv()
+        assert heard.recv() == 200 - kept
+        process.join()
     assert answers(path) == expected(200)
     good = [e["key"] for e in log_of(log) if e["fault"] is None]
     assert len(set(good)) == 200

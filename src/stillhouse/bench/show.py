@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.bench.figures import number, with_interval
 from stillhouse.bench.results import Results
-from stillhouse.bench.statistics import Interval
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _STYLE = {"supported": "green", "not supported": "red", "inconclusive": "yellow"}
-
-
-def number(value: float | None) -> str:
-    """A figure with four significant digits; a dash when there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def with_interval(found: Interval) -> str:
-    """`mean ± half of the 95% interval`; the mean alone without an interval.
-
-    Both are rounded alike, to the second significant digit of the half.
-    """
-    half = found.half
-    if not found.count or not math.isfinite(found.mean):
-        return "–"
-    if half is None or not math.isfinite(half):
-        return number(found.mean)
-    if half == 0:
-        return f"{number(found.mean)} ± 0"
-    places = max(0, min(8, 1 - math.floor(math.log10(half))))
-    return f"{found.mean:,.{places}f} ± {half:,.{places}f}"
 
 
 def difference(claim: dict[str, Any]) -> str:

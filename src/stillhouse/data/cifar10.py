@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +15,11 @@ from stillhouse.data.data_set import DataSet
 from stillhouse.data.downloads import found_or_fetched, torchvision_datasets
 from stillhouse.data.image_arrays import (
     array_of,
-    edition_of,
     encoded,
     image_splits,
     open_npz,
     rows_in_blob,
+    stored_edition,
     write_npz,
 )
 from stillhouse.data.options import ImageOptions
@@ -54,13 +55,12 @@ class Cifar10(DataSet[ImageOptions]):
     Options = ImageOptions
 
     def open(self, options: ImageOptions, seed: int) -> Splits:
-        """ "train" and "test"; only the rows that are kept are decoded."""
+        """Splits "train" and "test"; only the rows that are kept are decoded."""
         path = found_or_fetched(self, download, file=self.files[0])
         digest = content_hash(path)
         with open_npz(path) as stored:
             labels = {r: array_of(stored, f"{r}_labels", path) for r in ("train", "test")}
             classes = [str(name) for name in array_of(stored, "classes", path)]
-            told = str(stored["edition"]) if "edition" in stored.files else ""
 
         def blob(role: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
             with open_npz(path) as stored:
@@ -69,7 +69,7 @@ class Cifar10(DataSet[ImageOptions]):
 
         official = {
             role: rows_in_blob(
-                lambda role=role: blob(role),
+                partial(blob, role),
                 labels[role],
                 shape=(3, 32, 32),
                 cache=f"cifar10-{role}-{digest[:24]}",
@@ -83,7 +83,7 @@ class Cifar10(DataSet[ImageOptions]):
             options,
             classes=classes,
             digest=digest,
-            edition=edition_of(self, digest, told),
+            edition=self.edition_of(digest, stored_edition(path)),
             mean=MEAN,
             std=STD,
         )

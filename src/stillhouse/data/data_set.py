@@ -81,3 +81,7 @@ class DataSet(Generic[OptionsType]):
             DataError: missing, damaged or unusable data.
         """
         raise NotImplementedError
+
+    def edition_of(self, digest: str, stored: str = "") -> str:
+        """The name of an edition: known by its hash, else what the file says, else its hash."""
+        return self.editions.get(digest) or stored or f"own copy {digest[:12]}"

@@ -43,7 +43,7 @@ class Digits(DataSet[DigitsOptions]):
     Options = DigitsOptions
 
     def open(self, options: DigitsOptions, seed: int) -> Splits:
-        """Grey levels 0..16 become 0..255; "train" and "test"."""
+        """Grey levels 0..16 become 0..255; splits "train" and "test"."""
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)

@@ -13,11 +13,9 @@ from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.downloads import found_or_fetched, torchvision_datasets
 from stillhouse.data.image_arrays import (
-    array_of,
-    edition_of,
+    grey_npz,
     image_splits,
-    open_npz,
-    rows_in_memory,
+    stored_edition,
     write_npz,
 )
 from stillhouse.data.options import ImageOptions
@@ -46,48 +44,19 @@ class FashionMnist(DataSet[ImageOptions]):
     Options = ImageOptions
 
     def open(self, options: ImageOptions, seed: int) -> Splits:
-        """ "train" and "test"."""
+        """Splits "train" and "test"."""
         path = found_or_fetched(self, download)
-        return open_grey_npz(
-            self, path, options, classes=CLASSES, mean=(0.2860,), std=(0.3530,)
+        digest = content_hash(path)
+        return image_splits(
+            self,
+            grey_npz(path),
+            options,
+            classes=CLASSES,
+            digest=digest,
+            edition=self.edition_of(digest, stored_edition(path)),
+            mean=(0.2860,),
+            std=(0.3530,),
         )
-
-
-def open_grey_npz(
-    data: DataSet[Any],
-    path: Path,
-    options: ImageOptions,
-    *,
-    classes: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Splits:
-    """Splits of an npz file with `{train,test}_images` and `_labels`.
-
-    Raises:
-        DataError: missing or damaged arrays, wrong types or shapes.
-    """
-    digest = content_hash(path)
-    with open_npz(path) as stored:
-        official = {
-            role: rows_in_memory(
-                array_of(stored, f"{role}_images", path),
-                array_of(stored, f"{role}_labels", path),
-                f"{path}, {role}",
-            )
-            for role in ("train", "test")
-        }
-        told = str(stored["edition"]) if "edition" in stored.files else ""
-    return image_splits(
-        data,
-        official,
-        options,
-        classes=classes,
-        digest=digest,
-        edition=edition_of(data, digest, told),
-        mean=mean,
-        std=std,
-    )
 
 
 def download(scratch: Path, target: Path) -> None:

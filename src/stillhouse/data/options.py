@@ -17,16 +17,17 @@ class DataOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    val: int | float = Field(
-        0.1,
+    val: int | float | None = Field(
+        None,
         description="rows (integer) or share (below 1) of train that are carved off for "
-        "validation by the run's seed, where the data has no val split of its own; 0: none",
+        "validation by the run's seed, 0 for none; only where the data has no val split of its "
+        "own, and a tenth when not said",
     )
 
     @field_validator("val")
     @classmethod
-    def _val_is_count_or_share(cls, value: int | float) -> int | float:
-        if value < 0 or (isinstance(value, float) and value >= 1):
+    def _val_is_count_or_share(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value < 0 or (isinstance(value, float) and value >= 1)):
             raise ValueError("a count of rows (integer >= 0) or a share in [0, 1)")
         return value
 
@@ -79,6 +80,33 @@ class ClassOptions(DataOptions):
         if any(count < 1 for count in counts):
             raise ValueError("counts must be at least 1")
         return value
+
+
+class OwnOptions(ClassOptions):
+    """Options of the user's own labelled data."""
+
+    path: str = Field(description="where the data is: as it stands, or below a data root")
+    test: int | float | None = Field(
+        None,
+        description="rows (integer) or share (below 1) held out for the test by subset_seed; "
+        "only where the data has no test split of its own, and a fifth when not said",
+    )
+
+    @field_validator("test")
+    @classmethod
+    def _test_is_count_or_share(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError("a count of rows (integer >= 1) or a share in (0, 1)")
+        return value
+
+
+class TextOptions(ClassOptions):
+    """Options of labelled texts."""
+
+    length: int = Field(32, ge=1, le=4096, description="hashed tokens per text, cut or padded")
+    buckets: int = Field(
+        8192, ge=16, le=1 << 24, description="number of hashed token ids (rows of an embedding)"
+    )
 
 
 class ImageOptions(ClassOptions):

@@ -77,7 +77,8 @@ def resolve_options(name: str, options: Mapping[str, Any] | None = None) -> dict
     if ":" in name:
         return _bound(name, _function(name), options or {})
     checked = checked_options(name, load_data(name).Options, options or {})
-    return checked.model_dump(mode="json")
+    resolved: dict[str, Any] = checked.model_dump(mode="json")
+    return resolved
 
 
 def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = None) -> Splits:
@@ -98,6 +99,7 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
         RecipeError: unknown data set or option, or a value that does not fit.
         DataError: missing, damaged or unusable data.
     """
+    from stillhouse.data.check import check_splits
     from stillhouse.data.options import ClassOptions, checked_options
     from stillhouse.data.splitting import with_val, withhold_labels
 
@@ -106,11 +108,20 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     data = load_data(name)
     checked = checked_options(name, data.Options, options or {})
     splits = data.open(checked, seed)
-    given = "val" in checked.model_fields_set
-    splits = with_val(splits, checked.val, seed=seed, name=name, asked=given)
+    _name_parts(splits, name)
+    splits = with_val(splits, checked.val, seed=seed, name=name)
     if isinstance(checked, ClassOptions) and checked.label_fraction is not None:
         splits = withhold_labels(splits, checked.label_fraction, seed=seed, name=name)
+    check_splits(splits)
     return splits
+
+
+def _name_parts(splits: Splits, name: str) -> None:
+    """What every report shows of the data, where the data set did not say it."""
+    splits.edition = splits.edition or name
+    splits.about.setdefault("name", name)
+    if "hash" not in splits.about:
+        splits.about["hash"] = splits.fingerprint()
 
 
 # The house's own, by ast -------------------------------------------------------------------
@@ -243,6 +254,7 @@ def _bound(name: str, function: Callable[..., Any], options: Mapping[str, Any]) 
 
 def _open_function(name: str, seed: int, options: Mapping[str, Any]) -> Splits:
     from stillhouse.batch import Splits
+    from stillhouse.data.check import check_splits
     from stillhouse.data.options import DataOptions, checked_options
     from stillhouse.data.splitting import with_val
 
@@ -256,8 +268,9 @@ def _open_function(name: str, seed: int, options: Mapping[str, Any]) -> Splits:
     splits = function(**arguments)
     if not isinstance(splits, Splits):
         raise DataError(f"data '{name}' returned {type(splits).__name__}; Splits is needed")
-    splits.edition = splits.edition or name
-    splits.about.setdefault("name", name)
-    splits.about.setdefault("hash", splits.fingerprint())
-    wanted = 0 if own_val else checked_options(name, DataOptions, val).val
-    return with_val(splits, wanted, seed=seed, name=name, asked=bool(val))
+    _name_parts(splits, name)
+    if not own_val:
+        wanted = checked_options(name, DataOptions, val).val
+        splits = with_val(splits, wanted, seed=seed, name=name)
+    check_splits(splits)
+    return splits

@@ -20,6 +20,8 @@ from stillhouse.errors import DataError, RecipeError, nearest
 
 # Official splits whose rows stand for one another are numbered in this order.
 _ORDER = ("train", "val", "test")
+_VAL = 0.1
+_TEST = 0.2
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,10 @@ def _counts(
     there = torch.bincount(own[own >= 0], minlength=len(kept)).tolist()
     most = min(there) if per_class is None else per_class
     last = max(1, len(kept) - 1)
-    wanted = [most if tail is None else max(1, round(most * tail ** (-c / last))) for c in range(
-        len(kept)
-    )]
+    wanted = [
+        most if tail is None else max(1, round(most * tail ** (-c / last)))
+        for c in range(len(kept))
+    ]
     for number, (has, asked) in enumerate(zip(there, wanted, strict=True)):
         if has < asked:
             raise DataError(
@@ -187,34 +190,33 @@ def _first_of_each(order: Tensor, labels: Tensor, counts: Sequence[int]) -> Tens
 # Validation --------------------------------------------------------------------------------
 
 
-def with_val(
-    splits: Splits, val: int | float, *, seed: int, name: str, asked: bool = False
-) -> Splits:
+def with_val(splits: Splits, val: int | float | None, *, seed: int, name: str) -> Splits:
     """The splits with "val": their own, else carved off "train" by the run's seed.
 
     Labelled rows are carved class by class, so that every class keeps its share.
 
     Args:
         splits: as opened.
-        val: a count of rows, or a share of train; 0 leaves "val" out.
+        val: a count of rows, or a share of train; 0 leaves "val" out; None is a tenth, or the
+            data's own.
         seed: the run's.
         name: of the data set.
-        asked: the user set `val`, which is an error where the data brings its own.
 
     Raises:
-        RecipeError: `val` was set and the data has a validation split.
+        RecipeError: rows are asked for and the data has a validation split.
         DataError: train is too small.
     """
     if "val" in splits:
-        if asked:
+        if val:
             raise RecipeError(
                 f"data option 'val': {name} brings its own validation split of "
                 f"{splits.peek('val')} rows; leave 'val' out"
             )
         return splits
-    if not val or "train" not in splits:
+    if val == 0 or "train" not in splits:
         return splits
     train = splits["train"]
+    val = _VAL if val is None else val
     count = round(len(train) * val) if isinstance(val, float) else val
     if not 0 < count < len(train):
         raise DataError(f"data option 'val': cannot carve {count} of {len(train)} rows of {name}")
@@ -277,7 +279,7 @@ def withhold_labels(splits: Splits, fraction: float, *, seed: int, name: str) ->
     if labels is None:
         raise DataError(f"data option 'label_fraction': {name} train has no labels")
     count = round(len(train) * fraction)
-    present = len(labels.unique())
+    present = len(torch.unique(labels))
     if not present <= count < len(train):
         raise DataError(
             f"data option 'label_fraction': {fraction:g} of {len(train)} rows of {name} is "
@@ -296,7 +298,8 @@ def withhold_labels(splits: Splits, fraction: float, *, seed: int, name: str) ->
 
 
 def _dense(labels: Tensor) -> Tensor:
-    return torch.unique(labels, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return numbers
 
 
 class Unlabelled:
@@ -322,6 +325,33 @@ class Unlabelled:
         batch = read_rows(self.source, rows, views)
         batch.pop("target", None)
         return batch
+
+
+def hold_out(labels: Tensor, share: int | float | None, *, seed: int, name: str) -> Tensor:
+    """Which rows are test where the user's own data has no test split.
+
+    Args:
+        labels: (N,) int64.
+        share: a count of rows, or a share; None is a fifth.
+        seed: fixed, not the run's.
+        name: of the data set.
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        DataError: nothing is left on one of the sides.
+    """
+    share = _TEST if share is None else share
+    count = round(len(labels) * share) if isinstance(share, float) else share
+    if not 0 < count < len(labels):
+        raise DataError(
+            f"data option 'test': cannot hold out {count} of {len(labels)} rows of {name} "
+            "for the test"
+        )
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[stratified(labels, count, generator(seed, "test"))] = True
+    return held
 
 
 def labels_of(source: Source) -> Tensor | None:

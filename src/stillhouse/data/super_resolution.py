@@ -442,7 +442,7 @@ def open_super_resolution(
 class PairOptions(DataOptions):
     """Options of photographs for super-resolution."""
 
-    val: Literal[0] = Field(  # type: ignore[assignment]
+    val: Literal[0] = Field(
         0, description="not used here: see the data set's own options for held-out images"
     )
     scale: float = Field(

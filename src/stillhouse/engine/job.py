@@ -442,13 +442,15 @@ class Job:
 
     # ---- judging ---------------------------------------------------------------------------
 
-    def evaluate(self, model: nn.Module, split: str | Source, batch: int = 256) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, split: str | Source, batch: int | None = None
+    ) -> dict[str, float]:
         """The task's figures of a model over a split, in eval mode under inference_mode.
 
         Args:
             model: a Net of the task.
             split: its name, or a source.
-            batch: rows of a batch.
+            batch: rows of a batch; the task's own number when not given.
         """
         metrics = self.task.metrics()
 
@@ -469,7 +471,7 @@ class Job:
         model: nn.Module,
         split: str | Source,
         take: Callable[[Output, Batch], None],
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         """Hand the outputs of a model on a split to `take`, batch by batch, in order.
 
@@ -477,10 +479,11 @@ class Job:
             model: called in eval mode under inference_mode.
             split: its name, or a source; several processes share its rows.
             take: called with outputs and batch.
-            batch: rows of a batch.
+            batch: rows of a batch; the task's own number when not given.
         """
         source = self.splits[split] if isinstance(split, str) else split
-        order = Shuffled(source, batch, shuffle=False, augment=False, collate=self.task.collate)
+        size = batch or self.task.evaluation_batch
+        order = Shuffled(source, size, shuffle=False, augment=False, collate=self.task.collate)
         training = model.training
         model.eval()
         with torch.inference_mode(), self.hardware.autocast():

@@ -9,6 +9,8 @@ is the default, `quantize_y=True` the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,6 +176,69 @@ def compare(
         figures["ssim_y"] = ssim(y_made, y_true)
     figures["psnr_rgb"] = psnr(made, true)
     return figures
+
+
+class Fidelity:
+    """Figures of restored images over a split, the mean over images.
+
+    Reads `out["image"]` and `batch["target"]`: (B, 3, H, W) tensors in [0, 1], or lists of
+    (3, H, W) where sizes differ.
+
+    Args:
+        scale: the factor of enlargement.
+        border: pixels cut off each border; `scale` when not given.
+        more: also SSIM and PSNR on 8-bit Y, which take longer.
+
+    Attributes:
+        higher_is_better: always.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, scale: int, *, border: int | None = None, more: bool = True) -> None:
+        self.scale = scale
+        self.border = scale if border is None else border
+        self.more = more
+        names = ("psnr_y", "ssim_y", "psnr_rgb", "psnr_y_8bit") if more else ("psnr_y", "psnr_rgb")
+        self._names = names
+        self._sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+
+    def update(self, out: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+        """Take the images of one batch in."""
+        for made, true in zip(out["image"], batch["target"], strict=True):
+            self.add(made, true)
+
+    def add(self, made: Tensor, true: Tensor) -> dict[str, float]:
+        """Take one image in; its own figures."""
+        figures = compare(made, true, self.scale, border=self.border, with_ssim=self.more)
+        if self.more:
+            coarse = compare(
+                made, true, self.scale, border=self.border, quantize_y=True, with_ssim=False
+            )
+            figures["psnr_y_8bit"] = coarse["psnr_y"]
+        row = [*(figures[name] for name in self._names), 1.0]
+        self._sums += torch.tensor(row, dtype=torch.float64)
+        return figures
+
+    def totals(self) -> Tensor:
+        """The sums kept so far."""
+        return self._sums
+
+    def take(self, totals: Tensor) -> None:
+        """Replace the sums by those of all processes."""
+        self._sums = totals.to(self._sums)
+
+    def compute(self) -> dict[str, float]:
+        """The means: PSNR in dB, SSIM in [-1, 1].
+
+        Raises:
+            DataError: no image was seen.
+        """
+        count = float(self._sums[-1])
+        if count == 0:
+            raise DataError("no image was judged: the split is empty")
+        means = (self._sums[:-1] / count).tolist()
+        return dict(zip(self._names, means, strict=True))
 
 
 def _same_shape(first: Tensor, second: Tensor) -> None:

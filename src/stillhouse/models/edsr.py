@@ -46,6 +46,9 @@ class EDSR(nn.Module):
         scale: 1, 2, 3, 4 or 8.
         strength: factor on each block's residual (0.1 in the large EDSR).
 
+    Attributes:
+        taps: "block1" ... to the module path of each residual block.
+
     Raises:
         ModelError: a scale without a tail, or a number below 1.
     """
@@ -66,6 +69,7 @@ class EDSR(nn.Module):
         body = [ResidualBlock(channels, strength) for _ in range(blocks)]
         self.body = nn.Sequential(*body, _conv(channels, channels))
         self.tail = nn.Sequential(_upsampler(channels, scale), _conv(channels, 3))
+        self.taps = {f"block{n + 1}": f"body.{n}" for n in range(blocks)}
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -87,3 +91,8 @@ def _upsampler(channels: int, scale: int) -> nn.Sequential:
     for step in steps:
         layers += [_conv(channels, channels * step * step), nn.PixelShuffle(step)]
     return nn.Sequential(*layers)
+
+
+def edsr(scale: int = 2, channels: int = 64, blocks: int = 16) -> EDSR:
+    """EDSR-baseline at 64 channels and 16 blocks; see `EDSR`."""
+    return EDSR(channels, blocks, scale)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +209,11 @@ class _Restorer(nn.Module):
 
 
 class _Collecting(_Restorer):
-    """The body that IMDN and IMDN_AS share: blocks, collection, residual, pixel shuffle."""
+    """The body that IMDN and IMDN_AS share: blocks, collection, residual, pixel shuffle.
+
+    Attributes:
+        taps: "block1" ... to the module path of each block.
+    """
 
     def __init__(
         self,
@@ -245,6 +249,18 @@ class _Collecting(_Restorer):
         self.upsampler = nn.Sequential(
             conv(channels, colours * shuffle * shuffle, 3), nn.PixelShuffle(shuffle)
         )
+        self.taps = {f"block{n}": f"IMDB{n}" for n in range(1, blocks + 1)}
+
+    def settings(self) -> dict[str, Any]:
+        """What it takes to build the network again, by the names of `imdn` and `imdn_as`."""
+        return {
+            "channels": self.channels,
+            "blocks": self.blocks,
+            "rate": self.rate,
+            "attention": self.attention,
+            "split": self.split,
+            "collect": self.collect,
+        }
 
     def features(self, image: Tensor) -> Tensor:
         """What the tail enlarges: (B, nf, h, w)."""
@@ -296,6 +312,10 @@ class IMDN(_Collecting):
         head = conv(colours, max(1, channels), 3)
         super().__init__(head, channels, blocks, scale, rate, attention, split, collect, colours)
         self.scale = scale
+
+    def settings(self) -> dict[str, Any]:
+        """What it takes to build the network again, by the names of `imdn`."""
+        return {"scale": self.scale, **super().settings()}
 
 
 class IMDN_AS(_Collecting):  # noqa: N801 - the published name
@@ -441,6 +461,48 @@ class IMDN_RTE(_Restorer):  # noqa: N801 - the published name
             x = self.get_submodule(f"block{number}")(x)
         restored: Tensor = self.upsampler(self.LR_conv(x) + first)
         return restored
+
+
+# --- by id ---------------------------------------------------------------------------------
+
+
+def imdn(
+    scale: int = 2,
+    channels: int = 64,
+    blocks: int = 6,
+    *,
+    rate: float = 0.25,
+    attention: Attention = "contrast",
+    split: bool = True,
+    collect: bool = True,
+) -> IMDN:
+    """IMDN as published at 64 channels and 6 blocks; see `IMDN`."""
+    return IMDN(
+        channels, blocks, scale, rate=rate, attention=attention, split=split, collect=collect
+    )
+
+
+def imdn_as(
+    channels: int = 64,
+    blocks: int = 6,
+    *,
+    rate: float = 0.25,
+    attention: Attention = "contrast",
+    split: bool = True,
+    collect: bool = True,
+) -> IMDN_AS:
+    """The any-scale network, which keeps the size of its enlarged input; see `IMDN_AS`."""
+    return IMDN_AS(channels, blocks, rate=rate, attention=attention, split=split, collect=collect)
+
+
+def imdn_rtc(scale: int = 2, channels: int = 12, blocks: int = 5) -> IMDN_RTC:
+    """The small real-time network; see `IMDN_RTC`."""
+    return IMDN_RTC(channels, blocks, scale)
+
+
+def imdn_rte(scale: int = 2, channels: int = 20, blocks: int = 6) -> IMDN_RTE:
+    """The real-time network on half-size features; see `IMDN_RTE`."""
+    return IMDN_RTE(scale, channels, blocks)
 
 
 def parameter_count(net: nn.Module) -> int:

@@ -225,6 +225,40 @@ def tiled(
     return result
 
 
+def any_size(
+    model: Restore,
+    image: Tensor,
+    *,
+    multiple: int = 1,
+    scale: int | None = None,
+    tile: int = 0,
+    overlap: int = 32,
+) -> Tensor:
+    """Run an image network on images of any size, large ones in tiles.
+
+    Args:
+        model: (B, C, h, w) -> (B, C', s h, s w), for h and w divisible by `multiple`.
+        image: (B, C, H, W).
+        multiple: what the network's input sides must be divisible by. Other sizes go through
+            adaptive cropping where the network keeps the size (`scale` 1), else are padded.
+        scale: s; read off the result when not given.
+        tile: see `tiled`; 0 runs the image whole.
+        overlap: see `tiled`.
+
+    Returns:
+        (B, C', s H, s W).
+    """
+
+    def whole(part: Tensor) -> Tensor:
+        if multiple == 1:
+            return model(part)
+        if scale == 1:
+            return adaptive_crops(model, part, modulus=multiple)
+        return padded(model, part, modulus=multiple)
+
+    return tiled(whole, image, tile=tile, overlap=overlap, scale=scale)
+
+
 def _own(starts: list[int], index: int, tile: int, length: int) -> tuple[int, int]:
     """The part [first, last) of the side that tile `index` answers for."""
     first = 0 if index == 0 else (starts[index] + starts[index - 1] + tile) // 2

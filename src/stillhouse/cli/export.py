@@ -1,0 +1,39 @@
+"""`stillhouse export`: take a distilled model to another library."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillhouse.cli.printing import print_fields, print_json
+
+
+class Form(StrEnum):
+    """Where a model may go."""
+
+    onnx = "onnx"
+    torch = "torch"
+    hf = "hf"
+    timm = "timm"
+    sentence_transformers = "sentence-transformers"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an artifact's.")],
+    to: Annotated[Form, typer.Option(help="The form.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The folder; else RUN/export/FORM.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Write the model of a run for another library, checked against its own answers."""
+    from stillhouse.exporting import export_artifact
+
+    summary = export_artifact(run, to.value, output)
+    if as_json:
+        print_json(summary)
+    else:
+        print_fields(summary)

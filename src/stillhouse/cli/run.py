@@ -1,0 +1,105 @@
+"""`stillhouse run`: from a recipe to an artifact and a report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stillhouse.cli.printing import print_fields, print_json
+
+if TYPE_CHECKING:
+    from stillhouse.launch import RunResult
+    from stillhouse.recipe import Recipe
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--set", metavar="A.B=VALUE", help="Set a field of the recipe."),
+]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Ids of recipes and files that begin so, for the shell."""
+    from stillhouse.recipe import recipe_ids
+
+    files = [str(path) for path in Path().glob(f"{incomplete}*") if path.suffix == ".yaml"]
+    return [name for name in recipe_ids() if name.startswith(incomplete)] + files
+
+
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file, or the id of a method.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the resolved plan, and do nothing.")
+    ] = False,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Run this stage and all after it again."),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds the run shows.")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps ...")] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes on each machine.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="auto, flat, ddp or fsdp.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed ...")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Run a recipe to its end; run it again to go on where it was stopped."""
+    from stillhouse.recipe import load_recipe
+
+    chosen = {
+        "seed": seed,
+        "seeds": seeds,
+        "hardware.accelerator": accelerator,
+        "hardware.devices": devices,
+        "hardware.nodes": nodes,
+        "hardware.strategy": strategy,
+        "hardware.precision": precision,
+        "hardware.threads": threads,
+    }
+    options = [f"{name}={value}" for name, value in chosen.items() if value is not None]
+    resolved = load_recipe(recipe, [*(overrides or ()), *options])
+    if dry_run:
+        _show_plan(resolved, as_json)
+        return
+    from stillhouse import launch
+
+    result = launch.run(resolved, redo=redo, folder=folder, progress=not as_json)
+    # Under torchrun, or when Fabric has started further processes, one of them speaks.
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+        _show_result(result, as_json)
+
+
+def _show_plan(recipe: Recipe, as_json: bool) -> None:
+    from stillhouse import launch
+    from stillhouse.recipe import dump_recipe
+
+    plan = launch.plan(recipe)
+    if as_json:
+        print_json({"plan": plan, "recipe": recipe.model_dump(mode="json")})
+        return
+    stages = " -> ".join(f"{s['name']} ({s['kind']})" for s in plan.get("stages", ()))
+    print_fields({**plan, "stages": stages})
+    typer.echo("\n# the recipe with every default\n" + dump_recipe(recipe).rstrip())
+
+
+def _show_result(result: RunResult, as_json: bool) -> None:
+    if as_json:
+        shown: dict[str, Any] = {"folder": str(result.folder), **result.summary}
+        print_json(shown)
+        return
+    result.report()
+    typer.echo(f"\nartifact  {result.folder / 'artifact'}")
+    typer.echo(f"report    {result.folder / 'report.html'}")

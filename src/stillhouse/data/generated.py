@@ -1,0 +1,71 @@
+"""Generated tensors: for examples and contract tests, never for a measurement."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stillhouse.batch import Splits, TensorSource
+from stillhouse.clock import generator
+from stillhouse.data.data_set import DataSet
+from stillhouse.data.options import DataOptions
+
+
+class GeneratedOptions(DataOptions):
+    """Options of the generated data."""
+
+    kind: Literal["vectors", "images", "tokens"] = Field(
+        "vectors", description="vectors (D,), images (C, H, W) in [0, 1], or token ids (L,)"
+    )
+    shape: list[int] = Field(
+        default_factory=list, description="of one sample; none: [6], [3, 16, 16] or [12]"
+    )
+    classes: int = Field(4, ge=2, description="number of classes")
+    rows: int = Field(64, ge=8, description="rows of train; val and test have half of it")
+
+
+class Generated(DataSet[GeneratedOptions]):
+    """Class centres with noise around them, simulated; learnable by a tiny model."""
+
+    name = "generated"
+    title = "simulated classes around random centres, for examples and tests"
+    tasks = ("classification",)
+    licence = "CC0"
+    source = "made on opening"
+    edition = "simulated"
+    Options = GeneratedOptions
+
+    _shapes: ClassVar[dict[str, list[int]]] = {
+        "vectors": [6],
+        "images": [3, 16, 16],
+        "tokens": [12],
+    }
+
+    def open(self, options: GeneratedOptions, seed: int) -> Splits:
+        """Draw the centres, then the rows of each split."""
+        shape = options.shape or self._shapes[options.kind]
+        centres = torch.randn(options.classes, *shape, generator=generator("generated", "centres"))
+        sizes = {"train": options.rows, "val": options.rows // 2, "test": options.rows // 2}
+        sources = {}
+        for split, rows in sizes.items():
+            rng = generator("generated", split)
+            target = torch.arange(rows) % options.classes
+            x = centres[target] + 0.5 * torch.randn(rows, *shape, generator=rng)
+            sources[split] = TensorSource(
+                {"x": self._view(options.kind, x), "target": target}, name=f"generated {split}"
+            )
+        about = {"classes": [f"class {c}" for c in range(options.classes)], "input": shape}
+        if options.kind == "tokens":
+            about["vocabulary"] = 64
+        return Splits(sources, "generated (simulated)", about)
+
+    @staticmethod
+    def _view(kind: str, x: Tensor) -> Tensor:
+        if kind == "images":
+            return torch.sigmoid(x)
+        if kind == "tokens":
+            return (x * 8).round().long().remainder(63) + 1
+        return x

@@ -1,0 +1,204 @@
+"""A user's own labelled texts in csv, tsv or jsonl files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from stillhouse.batch import Splits
+from stillhouse.data.cached import content_hash
+from stillhouse.data.data_set import DataSet
+from stillhouse.data.options import OwnOptions, TextOptions
+from stillhouse.data.roots import locate
+from stillhouse.data.splitting import hold_out
+from stillhouse.data.text_rows import TextRows, text_splits
+from stillhouse.errors import DataError, RecipeError, nearest
+
+_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_ROLES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test",),
+}
+
+
+class TextFileOptions(OwnOptions, TextOptions):
+    """Options of files of labelled texts."""
+
+    text: str = Field("text", description="column or field that holds the text")
+    label: str = Field("label", description="column or field that holds the class")
+
+
+class TextFiles(DataSet[TextFileOptions]):
+    """One file, or a folder with `train.*` and, if there are any, `val.*` and `test.*`.
+
+    Files end in .csv, .tsv (first line: names of the columns) or .jsonl (one object a line),
+    UTF-8, each with .gz if packed. Classes are the labels of train, as text: in numerical
+    order where all are whole numbers, else in alphabetical order.
+    """
+
+    name = "text_files"
+    title = "your own labelled texts in csv, tsv or jsonl files"
+    tasks = ("classification",)
+    licence = "the user's"
+    source = "the user's"
+    edition = "as given"
+
+    Options = TextFileOptions
+
+    def open(self, options: TextFileOptions, seed: int) -> Splits:
+        """The splits there are; "test" is held out of train where there is none."""
+        files = _find(options.path)
+        rows = {role: _read(path, options.text, options.label) for role, path in files.items()}
+        classes = _classes(rows["train"], files["train"])
+        number = {name: place for place, name in enumerate(classes)}
+        official = {}
+        for role, found in rows.items():
+            for row in found:
+                if row.label not in number:
+                    raise DataError(
+                        f"{files[role]}, line {row.line}: the class '{row.label}' does not occur "
+                        f"in train{nearest(row.label, classes)}"
+                    )
+            labels = torch.tensor([number[row.label] for row in found])
+            official[role] = TextRows([row.text for row in found], labels)
+        if "test" not in official:
+            held = hold_out(
+                official["train"].labels,
+                options.test,
+                seed=options.subset_seed,
+                name=str(files["train"]),
+            )
+            whole = official["train"]
+            for role, keep in (("test", held), ("train", ~held)):
+                chosen = keep.nonzero()[:, 0]
+                texts = [whole.texts[row] for row in chosen.tolist()]
+                official[role] = TextRows(texts, whole.labels[chosen])
+        elif options.test is not None:
+            raise RecipeError(
+                f"data option 'test': {options.path} has a test split; leave 'test' out"
+            )
+        digest = hashlib.sha256(
+            "".join(f"{role}:{content_hash(path)};" for role, path in files.items()).encode()
+        ).hexdigest()
+        splits = text_splits(
+            self, official, options, classes=classes, digest=digest, edition="own texts"
+        )
+        splits.edition = f"{Path(options.path).name} (own texts)"
+        splits.about["source"] = str(options.path)
+        return splits
+
+
+@dataclass(frozen=True)
+class Row:
+    """One labelled text and the line it stands on."""
+
+    text: str
+    label: str
+    line: int
+
+
+def _find(given: str) -> dict[str, Path]:
+    """The file of each split."""
+    suffix = "".join(Path(given).suffixes[-2:] if given.endswith(".gz") else [Path(given).suffix])
+    if suffix.removesuffix(".gz") in _SUFFIXES:
+        return {"train": locate(given, option="path")}
+    folder = locate(given, option="path", folder=True)
+    found: dict[str, Path] = {}
+    for role, stems in _ROLES.items():
+        names = [f"{s}{suffix}{gz}" for s in stems for suffix in _SUFFIXES for gz in ("", ".gz")]
+        there = [folder / name for name in names if (folder / name).is_file()]
+        if len(there) > 1:
+            raise DataError(f"{folder}: both {there[0].name} and {there[1].name} are {role} data")
+        if there:
+            found[role] = there[0]
+    if "train" not in found:
+        raise DataError(
+            f"{folder} holds no train file (train with one of {', '.join(_SUFFIXES)}, with .gz or "
+            "without)"
+        )
+    return found
+
+
+def _read(path: Path, text: str, label: str) -> list[Row]:
+    """All rows of a file.
+
+    Raises:
+        DataError: damaged, not UTF-8, a missing column, an empty text or label; names the line.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
+            content = opened.read().decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    pairs = _json_lines(content, path) if kind == ".jsonl" else _table(content, path, kind)
+    rows = []
+    for line, entry in pairs:
+        for wanted in (text, label):
+            if wanted not in entry:
+                raise DataError(
+                    f"{path}, line {line}: no field '{wanted}'{nearest(wanted, entry)} (the "
+                    "options 'text' and 'label' name the fields)"
+                )
+        found, named = entry[text], entry[label]
+        if not isinstance(found, str) or not found.strip():
+            raise DataError(f"{path}, line {line}: the text is empty (field '{text}': {found!r})")
+        if isinstance(named, (dict, list, float)) or named is None or not str(named).strip():
+            raise DataError(
+                f"{path}, line {line}: the label is no class (field '{label}': {named!r})"
+            )
+        rows.append(Row(found, str(named).strip(), line))
+    if not rows:
+        raise DataError(f"{path} is empty: it holds no rows")
+    return rows
+
+
+def _json_lines(content: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}, line {number}: an object is needed, not {line[:60]}")
+        yield number, entry
+
+
+def _table(content: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(
+        io.StringIO(content, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True
+    )
+    try:
+        for entry in reader:
+            if None in entry or None in entry.values():
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(reader.fieldnames or [])} fields are "
+                    "expected, as in the first line"
+                )
+            yield reader.line_num, entry
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _classes(rows: list[Row], path: Path) -> list[str]:
+    names = {row.label for row in rows}
+    if len(names) < 2:
+        raise DataError(
+            f"{path}: all {len(rows)} labels are '{rows[0].label}'; at least two classes must occur"
+        )
+    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
