@@ -111,15 +111,18 @@ def parse(text: str, name: str) -> tuple[Any, Origin]:
             finite, or a tag that the safe loader does not know; with the line.
     """
     origin = Origin(name, {(): name})
+    unreadable = _Loader.NON_PRINTABLE.search(text)
+    if unreadable is not None:
+        line = text.count("\n", 0, unreadable.start()) + 1
+        raise RecipeError(
+            f"{name}:{line}: the character {unreadable.group()!r} is not allowed in YAML"
+        )
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None, origin
         return _Reader(loader, origin).value(node, ()), origin
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{name}:{line}: not readable as YAML: {error.reason}") from None
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_marked(error, name)) from None
     except RecursionError:
@@ -134,7 +137,11 @@ def parse_value(text: str, name: str) -> Any:
     Raises:
         RecipeError: not YAML, or not finite; `name` is named.
     """
-    return parse(text, name)[0]
+    try:
+        return parse(text, name)[0]
+    except RecipeError as error:
+        # A value of one line needs no line number.
+        raise RecipeError(str(error).replace(f"{name}:1: ", f"{name}: ", 1)) from None
 
 
 def _marked(error: yaml.MarkedYAMLError, name: str) -> str:

@@ -150,12 +150,13 @@ def decoded(
     from PIL import Image, UnidentifiedImageError
 
     channels, height, width = shape
+    mode = "L" if channels == 1 else "RGB"
     made = np.empty((len(rows), height, width, channels), dtype=np.uint8)
     for place, row in enumerate(rows):
         piece = content[offsets[row] : offsets[row + 1]].tobytes()
         try:
-            with Image.open(io.BytesIO(piece)) as image:
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            with Image.open(io.BytesIO(piece), formats=("JPEG", "PNG")) as image:
+                pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{where}: image {row} cannot be decoded: {error}") from error
         if pixels.shape[:2] != (height, width):

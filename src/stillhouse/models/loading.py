@@ -166,16 +166,27 @@ def reference_networks() -> dict[str, tuple[str, str]]:
         if path.stem in {"__init__", Path(__file__).stem}:
             continue
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
+        modules = _module_classes(body)
         stem = _plain(path.stem)
-        names = [c for c in classes if not c.startswith("_") and _plain(c).startswith(stem)]
+        names = [c for c in modules if not c.startswith("_") and _plain(c).startswith(stem)]
         for node in body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 returned = node.returns
-                if isinstance(returned, ast.Name) and returned.id in classes:
+                if isinstance(returned, ast.Name) and returned.id in modules:
                     names.append(node.name)
         for name in names:
             found[name.lower()] = (f"{__package__}.{path.stem}", name)
+    return found
+
+
+def _module_classes(body: list[ast.stmt]) -> list[str]:
+    """Names of the classes of a file that derive from nn.Module, directly or by each other."""
+    found: list[str] = []
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            bases = [ast.unparse(base) for base in node.bases]
+            if "nn.Module" in bases or any(base in found for base in bases):
+                found.append(node.name)
     return found
 
 
@@ -280,12 +291,13 @@ def _timm(name: str, options: dict[str, Any], weights: Any, about: Mapping[str, 
         module = _built(f"timm:{name}", lambda: timm.create_model(base, pretrained=False, **whole))
         load_weights(module, read_weights(folder), f"timm:{name}", str(folder))
         if options["num_classes"] != cfg.num_classes:
-            module.reset_classifier(options["num_classes"])
+            reset: Any = module.reset_classifier
+            reset(options["num_classes"])
         own = _json(folder / "config.json").get("pretrained_cfg", {})
         _take_normalisation(module, own.get("mean", cfg.mean), own.get("std", cfg.std))
     if wanted is None and options["num_classes"] != cfg.num_classes:
         _warn_new_head(f"timm:{name}", cfg.num_classes, options["num_classes"])
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _torchvision(
@@ -511,7 +523,8 @@ def _built(model: str, make: Callable[[], Any]) -> nn.Module:
     try:
         module = make()
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{model} cannot be built with these options: {error}") from error
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{model} cannot be built with these options: {told}") from error
     return module  # type: ignore[no-any-return]
 
 

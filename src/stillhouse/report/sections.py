@@ -525,8 +525,8 @@ def _time_notes(run: RunRecord) -> list[str]:
         saving = run.figure("store_saving")
         if saving is not None:
             notes.append(
-                f"Storing its outputs would save an estimated {share(saving)} of that time in "
-                "each further epoch or run (teacher: {store: true})."
+                f"A store of its outputs (teacher: {{store: true}}) would save an estimated "
+                f"{share(saving)} of that time."
             )
     batch = number_of((run.recipe.get("budget") or {}).get("batch")) if run.recipe else None
     student = next((s for s in run.items("stages") if s.get("name") == "student"), {})

@@ -165,7 +165,7 @@ class Live:
             self.net.eval()
         if self.rows is None or not isinstance(view, Tensor) or len(view) <= self.rows:
             return dict(self._guest.quiet(view))
-        return _joined([self._guest.quiet(piece) for piece in view.split(self.rows)])
+        return _joined([self._guest.quiet(piece) for piece in torch.split(view, self.rows)])
 
     def guest(self) -> Frozen:
         """The net itself, for answers to fresh input, gradients in its input, its weights."""
@@ -193,7 +193,9 @@ def weights_hash(module: nn.Module, state: Mapping[str, Tensor] | None = None) -
 
 
 def _fields(out: Output) -> dict[str, Value]:
-    fields = {k: v for k, v in out.items() if k != "taps" and isinstance(v, Tensor)}
+    fields: dict[str, Value] = {
+        k: v for k, v in out.items() if k != "taps" and isinstance(v, Tensor)
+    }
     fields.update({TAP + alias: value for alias, value in out.get("taps", {}).items()})
     return fields
 
