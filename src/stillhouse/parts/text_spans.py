@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stillhouse.errors import DataError
+from stillhouse.losses.sequence import IGNORED
 
-IGNORED = -100
 _WORD = r"\w+|[^\w\s]"
 _RUN_OR_SYMBOL = re.compile(_WORD)
 
