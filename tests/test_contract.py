@@ -174,7 +174,8 @@ def test_state_round_trips(entry, tmp_path):
     state = training.state_dict()
     training.load_state_dict(state)
     again = training.state_dict()
-    assert all(torch.equal(state["objective"][k], again["objective"][k]) for k in state["objective"])
+    before, after = state["objective"], again["objective"]
+    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 @pytest.mark.parametrize("entry", TRAININGS)

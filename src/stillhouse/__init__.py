@@ -8,6 +8,8 @@ Names are imported when they are first used, so that `import stillhouse` stays l
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stillhouse._version import __version__
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "distill": "stillhouse.api",
     "load": "stillhouse.api",
-    "objective": "stillhouse.api",
     "run": "stillhouse.api",
-    "teacher": "stillhouse.api",
     "Recipe": "stillhouse.recipe",
     "load_recipe": "stillhouse.recipe",
     "StillhouseError": "stillhouse.errors",
 }
+# Functions of the public interface that are called like the module which holds their contract.
+_ALSO_CALLED = ("objective", "teacher")
 
 __all__ = [
     "Recipe",
@@ -41,20 +43,42 @@ __all__ = [
 ]
 
 
+class _Callable(ModuleType):
+    """A module that is also the function of its name: `still.teacher(module)`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from stillhouse import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """This package. Importing a submodule binds its name here, whoever imports it first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ALSO_CALLED and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _ALSO_CALLED:
+        return importlib.import_module(f"stillhouse.{name}")
     home = _HOMES.get(name)
     if home is None:
         from stillhouse.errors import nearest
 
-        raise AttributeError(
-            f"module 'stillhouse' has no attribute '{name}'{nearest(name, _HOMES)}"
-        )
-    import importlib
-
+        hint = nearest(name, __all__)
+        raise AttributeError(f"module 'stillhouse' has no attribute '{name}'{hint}")
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

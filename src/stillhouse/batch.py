@@ -412,7 +412,7 @@ class Shuffled:
         """A permutation of all rows, cut into batches."""
         count = len(self.source)
         rows = torch.randperm(count, generator=rng()) if self.shuffle else torch.arange(count)
-        return rows.split(self.batch)[: len(self)]
+        return list(torch.split(rows, self.batch))[: len(self)]
 
     def read(self, rows: Rows, views: Views) -> Batch:
         """The samples at `rows`, augmented by the epoch's draw."""

@@ -136,9 +136,7 @@ class RecipeModels:
             self._teachers[key] = self._teacher(job, role, otherwise)
         return self._teachers[key]
 
-    def _teacher(
-        self, job: Job, role: str, otherwise: Callable[[Job], Net] | None
-    ) -> Teacher:
+    def _teacher(self, job: Job, role: str, otherwise: Callable[[Job], Net] | None) -> Teacher:
         given, spec = self.given.teacher, self.recipe.teacher
         if given is not None and not isinstance(given, nn.Module):
             return given  # type: ignore[no-any-return]
@@ -169,10 +167,10 @@ class RecipeModels:
             from stillhouse.opening import open_artifact
 
             artifact = open_artifact(Path(str(spec.artifact)))
-            net = artifact.module
-            if not isinstance(net, Net):
+            module = artifact.module
+            if not isinstance(module, Net):
                 raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
-            return self._live(job, net.to(job.device))
+            return self._live(job, module.to(job.device))
         if spec.source == "recipe":
             return self._live(job, self._nested(job, spec))
         if spec.source == "store":
@@ -550,9 +548,7 @@ def run(
         try:
             log.write("run", method=recipe.method, seed=recipe.seed, hardware=hardware.describe())
             main = recipe.model_copy(update={"seeds": 1})
-            job = open_job(
-                main, folder, given=given, hardware=hardware, log=log, redo=again
-            )
+            job = open_job(main, folder, given=given, hardware=hardware, log=log, redo=again)
             side = _run_job(job)
             result = _conclude(recipe, folder, side, given, progress, began)
         finally:
@@ -571,7 +567,9 @@ class _unlocked:  # noqa: N801 - stands beside `locked`
 def _conclude(
     recipe: Recipe, folder: Path, main: Side, given: Given, progress: bool, began: float
 ) -> RunResult:
-    assert main.artifact is not None and main.job is not None and main.method is not None
+    assert main.artifact is not None
+    assert main.job is not None
+    assert main.method is not None
     artifact, job = main.artifact, main.job
     artifact.meta.update(
         method=recipe.method,
@@ -630,7 +628,9 @@ def _summary(
 ) -> dict[str, Any]:
     from stillhouse.metrics.cost import peak_memory_mb
 
-    assert main.job is not None and main.method is not None and main.artifact is not None
+    assert main.job is not None
+    assert main.method is not None
+    assert main.artifact is not None
     job, method = main.job, main.method
     trainings = [s for s in job.stages if "teacher_seconds" in s and s["name"] != "teacher"]
     loop = sum(float(s.get("loop_seconds", 0.0)) for s in trainings)

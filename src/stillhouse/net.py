@@ -23,7 +23,7 @@ def find_head(module: nn.Module) -> str:
     Raises:
         ModelError: the module holds no linear layer.
     """
-    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linear: list[str] = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise ModelError(
             f"{type(module).__name__} has no linear layer that could be its head; "
@@ -33,7 +33,7 @@ def find_head(module: nn.Module) -> str:
         own = [name for name in linear if name == stem or name.startswith(stem + ".")]
         if own:
             return own[-1]
-    return list(linear)[-1]
+    return linear[-1]
 
 
 class Net(nn.Module):

@@ -86,7 +86,7 @@ def predictor_class(name: str) -> type[Predictor]:
     """
     module_name, _, class_name = name.partition(":")
     known = {"stillhouse"}
-    known |= {e.value.partition(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
+    known |= {e.value.split(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
     if module_name.split(".")[0] not in known:
         raise CheckpointError(
             f"the artifact's predictor '{name}' is not of a package that adds methods "

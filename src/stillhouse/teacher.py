@@ -179,8 +179,15 @@ class Teacher(Protocol):
         fingerprint: of weights, preprocessing and settings.
     """
 
-    provides: frozenset[str]
-    fingerprint: str
+    @property
+    def provides(self) -> frozenset[str]:
+        """What it can give."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What it is."""
+        ...
 
     def bind(self, wants: Sequence[Want], task: Any) -> None:
         """Check at start-up that every want can be met.
@@ -276,7 +283,10 @@ class Reply:
 class Speaker(Protocol):
     """Anything that answers in text: endpoint, local causal LM, function, replay."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """What it is."""
+        ...
 
     async def ask(self, request: Request, draw: int = 0) -> Reply:
         """The answer to `request`; different draws are different answers."""

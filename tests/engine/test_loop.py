@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stillhouse.batch import Shuffled, Splits, TensorSource
+from stillhouse.clock import Views
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.job import Best, Each, Job
 from stillhouse.engine.log import RunLog
@@ -80,15 +82,31 @@ def data(rows=96):
 
 
 def recipe(**budget):
-    values = dict(
-        steps=None, epochs=3, batch=16, lr=0.05, optimizer="sgd", momentum=0.9, nesterov=False,
-        weight_decay=0.0, schedule="cosine", milestones=[], gamma=0.1, warmup=2, clip=None,
-        accumulate=1, validate_every=None, select="last", metric=None, ema=None,
-    )
+    values = {
+        "steps": None,
+        "epochs": 3,
+        "batch": 16,
+        "lr": 0.05,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "milestones": [],
+        "gamma": 0.1,
+        "warmup": 2,
+        "clip": None,
+        "accumulate": 1,
+        "validate_every": None,
+        "select": "last",
+        "metric": None,
+        "ema": None,
+    }
     values.update(budget)
     output = types.SimpleNamespace(checkpoint_minutes=1.0, keep=2, log_every=5)
     return types.SimpleNamespace(
-        budget=types.SimpleNamespace(**values), output=output,
+        budget=types.SimpleNamespace(**values),
+        output=output,
         hardware=types.SimpleNamespace(workers=0),
     )
 
@@ -182,12 +200,12 @@ def test_damaged_checkpoint_falls_back_and_ends_equal(tmp_path):
     resumed, _ = train(make_job(folder))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert "damaged" in (folder / "log.jsonl").read_text()
+    job = make_job(tmp_path / "all-bad")
+    with pytest.raises(Interrupted):
+        job.fit("student", Killer(student(job, 0.2), 0.1, 4, job), job.order("train"))
+    for path in (tmp_path / "all-bad" / "stages" / "student").glob("step-*.state"):
+        path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match="every checkpoint"):
-        job = make_job(tmp_path / "all-bad")
-        with pytest.raises(Interrupted):
-            job.fit("student", Killer(student(job, 0.2), 0.1, 4, job), job.order("train"))
-        for path in (tmp_path / "all-bad" / "stages" / "student").glob("step-*.state"):
-            path.write_bytes(path.read_bytes()[:-7])
         train(make_job(tmp_path / "all-bad"))
 
 
@@ -220,8 +238,8 @@ def test_best_keeps_the_best_validation_state(tmp_path):
     objective = Fit(student(job))
     done = job.fit("student", objective, job.order("train"))
     assert job.evaluate(objective.export(), "val")["error"] == pytest.approx(done.scores["error"])
-    lines = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "validation" in line]
-    assert len(lines) == 4
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len([line for line in lines if "validation" in line]) == 4
 
 
 def test_snapshots_differ_and_begin_with_the_initial_state(tmp_path):
@@ -234,7 +252,7 @@ def test_snapshots_differ_and_begin_with_the_initial_state(tmp_path):
     assert len(done.snapshots) == 4
     states = [read_state(path)["0.weight"] for path in done.snapshots]
     assert torch.equal(states[0], before)
-    assert all(not torch.equal(a, b) for a, b in zip(states, states[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(states))
     assert torch.equal(states[-1], objective.student.module[0].weight)
 
 
@@ -365,9 +383,13 @@ def test_a_term_over_nothing_is_dropped(tmp_path):
 def test_forward_twice_proposes_once(tmp_path):
     job = make_job(tmp_path, steps=1, epochs=None)
     objective = Fit(student(job))
-    batch = job.order("train").read(torch.arange(8), __import__("stillhouse.clock").clock.Views(0))
+    batch = job.order("train").read(torch.arange(8), Views(0))
     clock = job.clock("x")
-    state = {k: v.clone() for k, v in objective.state_dict().items() if "running" not in k and "tracked" not in k}
+    state = {
+        k: v.clone()
+        for k, v in objective.state_dict().items()
+        if "running" not in k and "tracked" not in k
+    }
     objective.forward(batch, None, clock)
     objective.forward(batch, None, clock)
     assert all(torch.equal(objective.state_dict()[k], v) for k, v in state.items())

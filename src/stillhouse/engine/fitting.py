@@ -228,7 +228,8 @@ def run_fit(job: Job, name: str, objective: Objective, data: Order, **given: Any
     share, keep = given["share"], given["keep"] or _keep_of(budget)
     total = steps_of(data, given["steps"], given["epochs"], budget)
     validate_every = given["validate_every"]
-    if validate_every is None and (isinstance(keep, Best) or getattr(budget, "validate_every", None)):
+    wanted = isinstance(keep, Best) or getattr(budget, "validate_every", None)
+    if validate_every is None and wanted:
         validate_every = _validation_steps(budget, len(data), total)
     if isinstance(keep, Best) and "val" not in job.splits and given["validate"] is None:
         raise RecipeError("select: best needs a validation split; add data.options.val")

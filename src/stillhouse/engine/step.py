@@ -625,7 +625,7 @@ class Training:
         count = max(1, self._summed)
         self.last = {k: float(v) / count for k, v in self._sums.items()}
         notes = {k: float(v) for k, v in self.objective.notes.items()}
-        extra = {"notes": notes} if notes else {}
+        extra: dict[str, Any] = {"notes": notes} if notes else {}
         if self._refused:
             extra["refused"] = self._refused
         self.log.step(

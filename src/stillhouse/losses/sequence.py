@@ -10,9 +10,7 @@ from stillhouse.errors import ModelError
 IGNORED = -100
 
 
-def token_cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignored_as: int | None = None
-) -> Tensor:
+def token_cross_entropy(logits: Tensor, labels: Tensor, *, ignored_as: int | None = None) -> Tensor:
     """Mean cross-entropy over labelled tokens.
 
     Args:

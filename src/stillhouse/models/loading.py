@@ -17,12 +17,15 @@ import inspect
 import json
 import math
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +52,7 @@ HF_TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+_OFF = "downloads are switched off (STILLHOUSE_OFFLINE or HF_HUB_OFFLINE)"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
 Options = Mapping[str, Any]
@@ -107,7 +111,7 @@ def load_model(
         raise ModelError(
             f"no model is called '{model}': give timm:NAME, hf:ID, torchvision:NAME, "
             "stillhouse:NAME, package.module:factory or a folder that exists"
-            + (nearest(kind, KINDS) if name else "")
+            + (nearest(kind, KINDS) if name else _nearest_anywhere(kind))
         )
     for key, value in normal.items():
         setattr(module, key, [float(v) for v in value])
@@ -255,6 +259,12 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def _nearest_anywhere(name: str) -> str:
+    if "/" in name or "." in name:
+        return ""
+    return nearest(name, [f"stillhouse:{known}" for known in reference_networks()])
+
+
 # ---- libraries -----------------------------------------------------------------------------
 
 
@@ -280,7 +290,7 @@ def _timm(name: str, options: dict[str, Any], weights: Any, about: Mapping[str, 
     hub_id = cfg.hf_hub_id or f"timm/{name}"
     folder = find_folder(hub_id)
     if folder is None:
-        _refuse_offline(f"timm:{name}", hub_id)
+        _refuse_unreachable(f"timm:{name}", hub_id)
         try:
             module = timm.create_model(name, pretrained=True, **options)
         except Exception as error:
@@ -349,8 +359,9 @@ def _torchvision_state(
         return read_weights(kept)
     here = [n for n in published if find_folder(f"torchvision/{name}.{n.lower()}") is not None]
     hint = f"on this machine are: weights: {', '.join(here)}" if here else ""
-    _refuse_offline(f"torchvision:{name} ({chosen.name})", hub_id, [kept], hint)
     try:
+        if _offline():
+            raise OSError(_OFF)
         state: Mapping[str, Tensor] = chosen.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         raise _unreachable(
@@ -367,42 +378,54 @@ def _hugging_face(
     trust = options.pop("trust_remote_code", False) is True
     auto = getattr(transformers, HF_TASKS[_hf_task(options, about)])
     head = auto is not transformers.AutoModel
-    count = _facts(about).get("classes")
-    if count is not None and head and "num_labels" not in options and "LM" not in auto.__name__:
-        options["num_labels"] = count
     place = _hf_place(name)
-    fresh_type = name in transformers.CONFIG_MAPPING
-    local = isinstance(place, Path)
-    try:
-        if not local and weights is None and fresh_type:
-            config = transformers.AutoConfig.for_model(name, **options)
-        else:
-            if not local and _offline():
-                raise OSError("downloads are switched off")
-            config = transformers.AutoConfig.from_pretrained(
-                place, trust_remote_code=trust, **options
-            )
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{model} brings its own code; it is run only with options: "
-                "{trust_remote_code: true}"
-            ) from error
-        raise _unreachable(model, name, error) from error
-    unknown = [k for k in options if not hasattr(config, k)]
+    config = _hf_config(name, place, weights, trust, {})
+    known = {*config.to_dict(), *config.attribute_map, "num_labels"}
+    unknown = [key for key in options if key not in known]
     if unknown:
-        raise ModelError(
-            f"{model} has no option '{unknown[0]}'{nearest(unknown[0], config.to_dict())}"
-        )
+        raise ModelError(f"{model} has no option '{unknown[0]}'{nearest(unknown[0], known)}")
+    if head and "LM" not in auto.__name__:
+        options = {**_labels(about), **options}
+    if options:
+        config = _hf_config(name, place, weights, trust, options)
     if weights == PRETRAINED:
         module = _hf_pretrained(auto, place, config, model, trust)
     else:
         built = _built(model, lambda: auto.from_config(config, trust_remote_code=trust))
         module = _with_weights(built, weights, model)
-    if local:
-        seen = _json(Path(place) / "preprocessor_config.json")
+    if isinstance(place, Path):
+        seen = _json(place / "preprocessor_config.json")
         _take_normalisation(module, seen.get("image_mean"), seen.get("image_std"))
     return module
+
+
+def _labels(about: Mapping[str, Any]) -> dict[str, Any]:
+    classes = about.get("classes")
+    if classes is None:
+        return {}
+    names = [str(c) for c in (range(classes) if isinstance(classes, int) else classes)]
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def _hf_config(
+    name: str, place: Path | str, weights: Any, trust: bool, options: Mapping[str, Any]
+) -> Any:
+    """The configuration of a model; of a type of model when no weights are wanted."""
+    import transformers
+
+    if isinstance(place, str) and weights is None and name in transformers.CONFIG_MAPPING:
+        return transformers.AutoConfig.for_model(name, **options)
+    if isinstance(place, str):
+        _refuse_unreachable(f"hf:{name}", name)
+    try:
+        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust, **options)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"hf:{name} brings its own code; it is run only with options: "
+                "{trust_remote_code: true}"
+            ) from error
+        raise _unreachable(f"hf:{name}", name, error) from error
 
 
 def _hf_task(options: dict[str, Any], about: Mapping[str, Any]) -> str:
@@ -586,9 +609,18 @@ def _offline() -> bool:
     )
 
 
-def _refuse_offline(model: str, hub_id: str, also: Iterable[Path] = (), hint: str = "") -> None:
+def _refuse_unreachable(model: str, hub_id: str) -> None:
+    """Tell at once that the hub cannot be reached, where its client tries for a minute."""
     if _offline():
-        raise _unreachable(model, hub_id, OSError("downloads are switched off"), also, hint)
+        raise _unreachable(model, hub_id, OSError(_OFF))
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "") or "https://huggingface.co")
+    if getproxies():
+        return
+    try:
+        port = host.port or (443 if host.scheme == "https" else 80)
+        socket.create_connection((host.hostname or "", port), timeout=5.0).close()
+    except OSError as error:
+        raise _unreachable(model, hub_id, OSError(f"{host.netloc}: {error}")) from error
 
 
 def _unreachable(

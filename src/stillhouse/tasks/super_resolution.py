@@ -164,9 +164,7 @@ class SuperResolution(Task):
                 enlarged = Bicubic(self.scale)(image)
                 before = Fidelity(self.scale, border=self.border).add(enlarged, true)
                 number = len(rows) + 1
-                rows.append(
-                    [number, before["psnr_y"], figures["psnr_y"], figures["ssim_y"]]
-                )
+                rows.append([number, before["psnr_y"], figures["psnr_y"], figures["ssim_y"]])
                 if len(strips) < 3:
                     strips.append(
                         {
@@ -198,7 +196,9 @@ class SuperResolution(Task):
             with torch.no_grad():
                 out = net(view.to(device))
         except ModelError as error:
-            raise ModelError(f"the {role} {name} cannot enlarge by {self.scale}: {error}") from error
+            raise ModelError(
+                f"the {role} {name} cannot enlarge by {self.scale}: {error}"
+            ) from error
         except (RuntimeError, ValueError, IndexError) as error:
             raise ModelError(
                 f"the {role} {name} cannot read images of shape {tuple(view.shape)}: {error}"
@@ -221,9 +221,9 @@ def _strip(low: Tensor, enlarged: Tensor, made: Tensor, true: Tensor, side: int 
     repeat = max(1, true.shape[-1] // low.shape[-1])
     nearest = low.repeat_interleave(repeat, -1).repeat_interleave(repeat, -2)
     height, width = (min(side, length) for length in true.shape[-2:])
-    top, left = ((length - size) // 2 for length, size in zip(
-        true.shape[-2:], (height, width), strict=True
-    ))
+    top, left = (
+        (length - size) // 2 for length, size in zip(true.shape[-2:], (height, width), strict=True)
+    )
     crops = [
         to_grey_levels(image)[:, top : top + height, left : left + width].to(torch.uint8).cpu()
         for image in (nearest, enlarged, made, true)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from conftest import HOSTILE, RECIPE, log_lines, summary
+from stillhouse import report
+
+
+def printed(folder, *, terminal: bool = False, width: int = 100) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, color_system="truecolor")
+    report.show(folder, console)
+    return out.getvalue()
+
+
+def test_plain_off_a_terminal_and_coloured_on_it(run_folder):
+    folder = run_folder(run=summary(), log=log_lines(), recipe=RECIPE, alone=True)
+    report.write(folder)
+    text = printed(folder)
+    assert "\x1b[" not in text
+    assert "\x1b[" in printed(folder, terminal=True)
+    for expected in (
+        "Distilling the Knowledge", "kd: finished", "student distilled", "0.9550 ± 0.0099",
+        "better on this data", "Size and speed", "0.05 ×", "agreement with the teacher",
+        "calibration, student: ECE 0.031", "teacher 7.4 s", "62 %", "warning: BatchNorm",
+        f"report: {folder / 'report.html'}",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_markup_is_not_obeyed(run_folder):
+    folder = run_folder(
+        run=summary(title="[bold red]x[/bold red]", hardware=HOSTILE), recipe=RECIPE
+    )
+    text = printed(folder)
+    assert "[bold red]x[/bold red]" in text
+    assert HOSTILE in text
+
+
+@pytest.mark.parametrize("run", [None, {"schema": 1, "method": "kd"}, summary(seeds=1)])
+def test_unfinished_bare_and_single(run_folder, run):
+    text = printed(run_folder(run=run, recipe=RECIPE))
+    assert "kd" in text
+    assert "nan" not in text
+    assert "report:" not in text  # no page has been written
+
+
+def test_narrow_terminal_and_nan(run_folder):
+    found = summary()
+    found["sides"]["distilled"]["0"]["accuracy"] = math.nan
+    assert "nan" not in printed(run_folder(run=found, recipe=RECIPE), width=40)
