@@ -183,6 +183,7 @@ class StoreSpec(Section):
     draws: Count | None = Field(
         default=None, description="augmented views stored per sample; none: only the plain one"
     )
+    batch: Count = Field(default=64, description="rows per question while capturing")
 
 
 class ServeSpec(Section):

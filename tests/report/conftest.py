@@ -12,8 +12,6 @@ import pytest
 import yaml
 from PIL import Image
 
-HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }}"
-
 
 def png(width: int = 96, height: int = 32) -> bytes:
     """A PNG with a gradient."""
@@ -138,6 +136,11 @@ RECIPE = {
 
 class Folder:
     """Writes run folders, whole or lacking."""
+
+    png = staticmethod(png)
+    summary = staticmethod(summary)
+    log_lines = staticmethod(log_lines)
+    recipe = RECIPE
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root

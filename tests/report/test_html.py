@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from conftest import HOSTILE, RECIPE, log_lines, png, summary
 from stillhouse import report
 from stillhouse.errors import RunFolderError
 from stillhouse.report.html import render
 from stillhouse.report.sections import make_report
 
+HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }}"
 VOID = {"meta", "img", "br", "hr", "input", "link", "line", "rect", "path", "circle"}
 
 
@@ -50,7 +50,9 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def whole(run_folder):
-    return run_folder(run=summary(), log=log_lines(), recipe=RECIPE, alone=True)
+    return run_folder(
+        run=run_folder.summary(), log=run_folder.log_lines(), recipe=run_folder.recipe, alone=True
+    )
 
 
 def test_every_section_is_there(whole):
@@ -101,12 +103,15 @@ def hostile(value):
 
 
 def test_hostile_strings_are_only_text(run_folder):
-    run = hostile(summary())
-    run["sides"] = {HOSTILE: {"0": {"accuracy": 0.5, HOSTILE: 1.0}}, **summary()["sides"]}
+    run = hostile(run_folder.summary())
+    run["sides"] = {
+        HOSTILE: {"0": {"accuracy": 0.5, HOSTILE: 1.0}},
+        **run_folder.summary()["sides"],
+    }
     run["sizes"][HOSTILE] = {"parameters": 3}
     run["versions"] = {HOSTILE: HOSTILE}
     run["details"]["agreement"] = {HOSTILE: 0.5}
-    log = [hostile(event) for event in log_lines()]
+    log = [hostile(event) for event in run_folder.log_lines()]
     for event in log:
         if "terms" in event:
             event["terms"] = {HOSTILE: 1.0, "b": 2.0}
@@ -125,9 +130,9 @@ def test_hostile_strings_are_only_text(run_folder):
 
 
 def test_a_run_that_was_stopped_has_a_report(run_folder):
-    torn = "".join(json.dumps(e) + "\n" for e in log_lines()[:20]) + '{"event": "st'
-    page = Page(render(run_folder(log=torn, recipe=RECIPE)))
-    assert "not finished; last seen in stage teacher, step 360" in page.text
+    torn = "".join(json.dumps(e) + "\n" for e in run_folder.log_lines()[:20]) + '{"event": "st'
+    page = Page(render(run_folder(log=torn, recipe=run_folder.recipe)))
+    assert "not finished; last seen in stage teacher, step 300" in page.text
     assert "loss terms" in page.text
     for absent in ("Result", "Pictures", "Cost", "Confusion", "Warnings", "nan"):
         assert absent not in page.text
@@ -135,13 +140,13 @@ def test_a_run_that_was_stopped_has_a_report(run_folder):
 
 @pytest.mark.parametrize("log", [None, "", "\n\n", '{"event": "st'])
 def test_empty_logs(run_folder, log):
-    page = Page(render(run_folder(log=log, recipe=RECIPE)))
+    page = Page(render(run_folder(log=log, recipe=run_folder.recipe)))
     assert "no stage has begun" in page.text
     assert "Curves" not in page.text
 
 
 def test_one_seed_has_no_interval(run_folder):
-    page = Page(render(run_folder(run=summary(seeds=1), recipe=RECIPE)))
+    page = Page(render(run_folder(run=run_folder.summary(seeds=1), recipe=run_folder.recipe)))
     assert "One seed, so there is no interval." in page.text
     assert "±" not in page.text
     assert "one seed, which says nothing about other seeds" in page.text
@@ -149,7 +154,7 @@ def test_one_seed_has_no_interval(run_folder):
 
 
 def test_nothing_but_a_recipe(run_folder):
-    page = Page(render(run_folder(recipe=RECIPE)))
+    page = Page(render(run_folder(recipe=run_folder.recipe)))
     assert "kd" in page.text
     assert "stillhouse:small_cnn_teacher; trained as a stage" in page.text
 
@@ -170,7 +175,7 @@ def test_missing_parts_leave_their_section_out(run_folder):
         "texts": "A compressed prompt",
     }
     for number, (key, sign) in enumerate({**sections, **details}.items()):
-        whole, lacking = summary(), summary()
+        whole, lacking = run_folder.summary(), run_folder.summary()
         del (lacking if key in sections else lacking["details"])[key]
         there = render(run_folder(f"whole-{number}", run=whole))
         absent = render(run_folder(f"lacking-{number}", run=lacking))
@@ -195,16 +200,24 @@ def test_missing_parts_leave_their_section_out(run_folder):
         {"details": {"images": [3, {"title": "x"}]}}, {"details": {"tables": [{"rows": 3}]}},
         {"details": {"tables": [{"title": "t", "rows": [3, {"a": 1}, [None]]}]}},
         {"details": {"texts": [3, {}, "plain"]}}, {"details": {"agreement": [1]}},
-        {"versions": 3, "data": "digits", "seeds": "all", "peak_mb": "x", "seconds": None},
+        {"versions": 3, "data": "digits", "peak_mb": "x", "seconds": None},
         {"higher_is_better": "no", "metric": 7}, {"teacher_share": "half"},
     ],
 )  # fmt: skip
 def test_nonsense_never_breaks_the_page(run_folder, nonsense):
-    Page(render(run_folder(run=summary(**nonsense), log=log_lines(), recipe=RECIPE)))
+    Page(
+        render(
+            run_folder(
+                run=run_folder.summary(**nonsense),
+                log=run_folder.log_lines(),
+                recipe=run_folder.recipe,
+            )
+        )
+    )
 
 
 def test_nan_in_figures_is_left_out(run_folder):
-    run = summary()
+    run = run_folder.summary()
     run["sides"]["distilled"]["1"]["accuracy"] = math.nan
     found = make_report(run_folder(run=run))
     assert "nan" not in str(found.results)
@@ -212,7 +225,7 @@ def test_nan_in_figures_is_left_out(run_folder):
 
 
 def test_pictures_come_from_the_run_folder_only(run_folder, tmp_path):
-    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "secret.png").write_bytes(run_folder.png())
     images = [
         {"title": "inside", "path": "sheet.png"},
         {"title": "outside", "path": "../secret.png"},
@@ -222,10 +235,10 @@ def test_pictures_come_from_the_run_folder_only(run_folder, tmp_path):
         {"title": "bad text", "png_base64": "not base64!"},
         {"title": "svg", "png_base64": "PHN2Zz48L3N2Zz4="},
     ]
-    run = summary()
+    run = run_folder.summary()
     run["details"]["images"] = images
     folder = run_folder(run=run)
-    (folder / "sheet.png").write_bytes(png())
+    (folder / "sheet.png").write_bytes(run_folder.png())
     (folder / "notes.png").write_text("<svg onload=alert(1)>")
     found = make_report(folder)
     assert [picture.title for picture in found.pictures] == ["inside"]
@@ -233,10 +246,14 @@ def test_pictures_come_from_the_run_folder_only(run_folder, tmp_path):
 
 
 def test_findings_say_what_the_figures_bear_out(run_folder):
-    better = make_report(run_folder("better", run=summary(), log=log_lines(), recipe=RECIPE))
+    better = make_report(
+        run_folder(
+            "better", run=run_folder.summary(), log=run_folder.log_lines(), recipe=run_folder.recipe
+        )
+    )
     assert any("better on this data" in text for text in better.findings)
     assert any("more training" in text and "per extra second" in text for text in better.findings)
-    run = summary()
+    run = run_folder.summary()
     run["sides"]["alone"], run["sides"]["distilled"] = (
         run["sides"]["distilled"],
         run["sides"]["alone"],
@@ -244,10 +261,10 @@ def test_findings_say_what_the_figures_bear_out(run_folder):
     worse = make_report(run_folder("worse", run=run))
     assert any("worse on this data" in text for text in worse.findings)
     assert any("took no longer" in text for text in worse.findings)
-    run = summary(higher_is_better=False)
+    run = run_folder.summary(higher_is_better=False)
     lower = make_report(run_folder("lower", run=run))
     assert any("worse on this data" in text for text in lower.findings)
-    run = summary()
+    run = run_folder.summary()
     for seed, value in enumerate((0.9, 0.99, 0.91)):
         run["sides"]["distilled"][str(seed)]["accuracy"] = value
     unclear = make_report(run_folder("unclear", run=run))
@@ -269,7 +286,7 @@ def test_time_to_what_the_student_alone_reached(whole, run_folder):
 
 def test_names_fit_what_the_method_yields(run_folder):
     sides = {"distilled": {"0": {"accuracy": 0.6}}, "random-real": {"0": {"accuracy": 0.5}}}
-    found = make_report(run_folder(run=summary(sides=sides, method="datadam")))
+    found = make_report(run_folder(run=run_folder.summary(sides=sides, method="datadam")))
     assert [column.name for column in found.columns] == ["random-real", "datadam"]
     assert found.findings == []
 
@@ -280,7 +297,7 @@ def test_many_terms_and_classes(run_folder):
          "loss": i}
         for i in range(1000)
     ]  # fmt: skip
-    run = summary()
+    run = run_folder.summary()
     matrix = [[5 if r == c else 1 for c in range(100)] for r in range(100)]
     run["details"]["confusion"] = {"labels": [f"class {i}" for i in range(100)], "matrix": matrix}
     source = render(run_folder(run=run, log=log))

@@ -6,19 +6,22 @@ import math
 import pytest
 from rich.console import Console
 
-from conftest import HOSTILE, RECIPE, log_lines, summary
 from stillhouse import report
+
+HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }}"
 
 
 def printed(folder, *, terminal: bool = False, width: int = 100) -> str:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=width, color_system="truecolor")
+    console = Console(file=out, force_terminal=terminal, width=width)
     report.show(folder, console)
     return out.getvalue()
 
 
 def test_plain_off_a_terminal_and_coloured_on_it(run_folder):
-    folder = run_folder(run=summary(), log=log_lines(), recipe=RECIPE, alone=True)
+    folder = run_folder(
+        run=run_folder.summary(), log=run_folder.log_lines(), recipe=run_folder.recipe, alone=True
+    )
     report.write(folder)
     text = printed(folder)
     assert "\x1b[" not in text
@@ -34,22 +37,25 @@ def test_plain_off_a_terminal_and_coloured_on_it(run_folder):
 
 def test_markup_is_not_obeyed(run_folder):
     folder = run_folder(
-        run=summary(title="[bold red]x[/bold red]", hardware=HOSTILE), recipe=RECIPE
+        run=run_folder.summary(title="[bold red]x[/bold red]", hardware=HOSTILE),
+        recipe=run_folder.recipe,
     )
     text = printed(folder)
     assert "[bold red]x[/bold red]" in text
     assert HOSTILE in text
 
 
-@pytest.mark.parametrize("run", [None, {"schema": 1, "method": "kd"}, summary(seeds=1)])
-def test_unfinished_bare_and_single(run_folder, run):
-    text = printed(run_folder(run=run, recipe=RECIPE))
+@pytest.mark.parametrize("kind", ["unfinished", "bare", "single"])
+def test_unfinished_bare_and_single(run_folder, kind):
+    bare = {"schema": 1, "method": "kd"}
+    run = {"unfinished": None, "bare": bare, "single": run_folder.summary(seeds=1)}[kind]
+    text = printed(run_folder(run=run, recipe=run_folder.recipe))
     assert "kd" in text
     assert "nan" not in text
     assert "report:" not in text  # no page has been written
 
 
 def test_narrow_terminal_and_nan(run_folder):
-    found = summary()
+    found = run_folder.summary()
     found["sides"]["distilled"]["0"]["accuracy"] = math.nan
-    assert "nan" not in printed(run_folder(run=found, recipe=RECIPE), width=40)
+    assert "nan" not in printed(run_folder(run=found, recipe=run_folder.recipe), width=40)

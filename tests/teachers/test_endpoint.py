@@ -434,3 +434,21 @@ def test_embeddings_are_put_in_order_and_counted():
         read_embeddings(raw, 3)
     with pytest.raises(TeacherError, match="cannot be read"):
         read_embeddings({"data": [{"index": 0}]}, 1)
+
+
+def test_progress_can_stop_the_asking_while_nothing_answers(tmp_path):
+    class Stop(Exception):
+        pass
+
+    async def silent(request: Request, draw: int) -> Reply:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    def stop(tally: object) -> None:
+        raise Stop
+
+    asked = questions(3)
+    with Journal(tmp_path / "j") as journal, pytest.raises(Stop):
+        asyncio.run(ask_all(silent, asked, journal, concurrency=2, progress=stop))
+    with Journal(tmp_path / "j") as journal:
+        assert set(journal.uncertain) == {asked[0].key(), asked[1].key()}

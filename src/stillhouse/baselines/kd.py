@@ -7,7 +7,8 @@ With student logits :math:`z`, teacher logits :math:`t`, labels :math:`y` and te
     L = (1 - \alpha)\, CE(z, y) + \alpha\, T^2\, D(\sigma(t / T), \sigma(z / T))
 
 where :math:`D` is the forward Kullback-Leibler divergence KL(teacher || student) by default.
-The factor :math:`T^2` keeps the gradient's size when the temperature changes (section 2.1 of
+It is the true divergence: below the cross-entropy of the paper by the teacher's entropy, which
+has no gradient. The factor :math:`T^2` keeps the gradient's size when the temperature changes (section 2.1 of
 the paper). Other directions and the Jensen-Shannon divergence are settings.
 """
 
@@ -20,12 +21,22 @@ from torch import Tensor
 
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
-from stillhouse.losses.logits import jsd, kl, topk_kl
+from stillhouse.errors import TeacherError
+from stillhouse.losses.logits import Direction, Tail, kl, topk_kl
 from stillhouse.method import Card, Claim, MethodConfig, StudentTraining, Variant
 from stillhouse.net import Net
 from stillhouse.objective import Objective
 from stillhouse.task import Task
 from stillhouse.teacher import Knowledge, TopK, Want
+
+_DIRECTIONS: dict[str, Direction] = {
+    "forward": "forward",
+    "reverse": "reverse",
+    "symmetric": "symmetric",
+    "jsd": "js",
+    "skewed-forward": "skewed_forward",
+    "skewed-reverse": "skewed_reverse",
+}
 
 
 class KDObjective(Objective):
@@ -53,17 +64,58 @@ class KDObjective(Objective):
             task = self._loss(out, batch)
             terms.update({name: (1 - alpha) * value for name, value in task.items()})
         if alpha > 0:
-            terms["logits"] = alpha * self.divergence(out["logits"], knowledge["logits"])
+            found = self.divergence(out["logits"], knowledge["logits"], knowledge.valid)
+            terms["logits"] = alpha * found
         return terms
 
-    def divergence(self, student: Tensor, teacher: Any) -> Tensor:
-        """The divergence, multiplied by the squared temperature; the mean over rows."""
-        temperature, direction = self.config.temperature, self.config.direction
+    def divergence(self, student: Tensor, teacher: Any, valid: Tensor | None = None) -> Tensor:
+        """The divergence, multiplied by the squared temperature.
+
+        Args:
+            student: (B, K) logits.
+            teacher: (B, K) logits, or the classes that a store has kept.
+            valid: (B,) rows on which the teacher has spoken; None for all.
+
+        Returns:
+            The mean over these rows.
+
+        Raises:
+            TeacherError: kept classes do not serve these settings.
+        """
+        config = self.config
         if isinstance(teacher, TopK):
-            return topk_kl(student, teacher)
-        if direction == "jsd":
-            return jsd(student, teacher, beta=self.config.beta, temperature=temperature)
-        return kl(student, teacher, temperature=temperature, direction=direction)
+            refuse_kept(config, teacher.temperature)
+            # a store that forgot the rest says so by a rest of log 0, which adds nothing
+            tail: Tail = "tail" if teacher.weights is None else "sample"
+            return topk_kl(student, teacher, tail=tail, mask=valid)
+        return kl(
+            student,
+            teacher,
+            temperature=config.temperature,
+            direction=_DIRECTIONS[config.direction],
+            beta=config.beta,
+            skew=config.skew,
+            mask=valid,
+        )
+
+
+def refuse_kept(config: KD.Config, temperature: float) -> None:
+    """Refuse a store of kept classes that does not serve the settings.
+
+    Raises:
+        TeacherError: it was taken at another temperature, which cannot be changed afterwards,
+            or another direction needs all classes.
+    """
+    if config.direction != "forward":
+        raise TeacherError(
+            f"direction '{config.direction}' needs the teacher's probability of every class; the "
+            "store keeps some: capture it with form: dense, or use direction: forward"
+        )
+    if temperature != config.temperature:
+        raise TeacherError(
+            f"the store keeps probabilities at temperature {temperature:g}, the method runs at "
+            f"{config.temperature:g}: capture with store: {{temperature: {config.temperature:g}}}"
+        )
 
 
 class KD(StudentTraining):
@@ -100,22 +152,40 @@ class KD(StudentTraining):
             description="softens both distributions",
             json_schema_extra={"source": "common practice; the paper tries 1 to 20"},
         )
-        direction: Literal["forward", "reverse", "symmetric", "jsd"] = Field(
+        direction: Literal[
+            "forward", "reverse", "symmetric", "jsd", "skewed-forward", "skewed-reverse"
+        ] = Field(
             "forward",
-            description="forward is KL(teacher || student); reverse KL(student || teacher)",
-            json_schema_extra={"source": "paper: forward"},
+            description="forward is KL(teacher || student); reverse KL(student || teacher); "
+            "the skewed ones compare with a mixture of both",
+            json_schema_extra={"source": "paper: forward; GKD: jsd; DistiLLM: skewed"},
         )
         beta: float = Field(
             0.5,
             ge=0,
             le=1,
-            description="of jsd: 0 equals forward, 1 reverse",
-            json_schema_extra={"source": "generalised Jensen-Shannon divergence"},
+            description="of jsd: the teacher's share of the mixture, 0 equals forward, 1 reverse; "
+            "of symmetric: the weight of the forward side",
+            json_schema_extra={"source": "GKD (Agarwal et al. 2024), equation 1"},
+        )
+        skew: float = Field(
+            0.1,
+            ge=0,
+            lt=1,
+            description="of the skewed directions: the own distribution's share of the mixture",
+            json_schema_extra={"source": "DistiLLM (Ko et al. 2024): 0.1"},
         )
 
     variants: ClassVar[dict[str, Variant]] = {
         "reverse": Variant(set={"direction": "reverse"}, about="KL(student || teacher)"),
+        "symmetric": Variant(set={"direction": "symmetric"}, about="both directions, half each"),
         "jsd": Variant(set={"direction": "jsd"}, about="Jensen-Shannon divergence"),
+        "skewed-forward": Variant(
+            set={"direction": "skewed-forward"}, about="KL(teacher || mixture), as in DistiLLM"
+        ),
+        "skewed-reverse": Variant(
+            set={"direction": "skewed-reverse"}, about="KL(student || mixture), as in DistiLLM"
+        ),
         "soft-only": Variant(set={"alpha": 1.0}, about="no labels at all"),
     }
     claims: ClassVar[list[Claim]] = [
@@ -124,7 +194,14 @@ class KD(StudentTraining):
     ]
 
     def objective(self, job: Any, student: Any, teacher: Any) -> Objective:
-        """Labels and soft targets."""
+        """Labels and soft targets.
+
+        Raises:
+            TeacherError: the recipe asks for a store that does not serve the settings.
+        """
+        store = getattr(getattr(job.recipe, "teacher", None), "store", None)
+        if store is not None and store.form != "dense" and teacher is not None:
+            refuse_kept(self.config, store.temperature)
         return KDObjective(student, job.task, self.config)
 
     def wants_teacher(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +39,12 @@ def infer(
     summary = launch.infer(artifact, inputs, output, options)
     if as_json:
         print_json(summary)
-    else:
-        print_fields(summary)
+        return
+    rows = summary.pop("rows", [])
+    if output is None:
+        for row in rows:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    print_fields(summary)
 
 
 def split_options(given: list[str]) -> tuple[Path | None, dict[str, Any]]:

@@ -26,9 +26,9 @@ def report(
         return
     from stillhouse import report as reports
 
-    reports.show(run)
     if html:
-        typer.echo(f"\nreport    {reports.write(run)}")
+        reports.write(run)
+    reports.show(run)
 
 
 def _lack(run: Path) -> str:

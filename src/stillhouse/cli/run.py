@@ -101,5 +101,4 @@ def _show_result(result: RunResult, as_json: bool) -> None:
         print_json(shown)
         return
     result.report()
-    typer.echo(f"\nartifact  {result.folder / 'artifact'}")
-    typer.echo(f"report    {result.folder / 'report.html'}")
+    typer.echo(f"artifact: {result.folder / 'artifact'}")

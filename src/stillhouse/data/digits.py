@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stillhouse.batch import Splits
 from stillhouse.clock import generator
@@ -44,12 +47,10 @@ class Digits(DataSet[DigitsOptions]):
 
     def open(self, options: DigitsOptions, seed: int) -> Splits:
         """Grey levels 0..16 become 0..255; splits "train" and "test"."""
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        levels = np.rint(np.asarray(images).reshape(-1, 1, 8, 8) * (255.0 / 16.0))
+        table = embedded_table()
+        levels = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255.0 / 16.0))
         pixels = torch.from_numpy(levels.astype(np.uint8))
-        targets = torch.from_numpy(np.asarray(labels).astype(np.int64))
+        targets = torch.from_numpy(table[:, -1].astype(np.int64))
         held = torch.zeros(len(targets), dtype=torch.bool)
         held[stratified(targets, _TEST, generator("digits", "test"))] = True
         official = {
@@ -64,3 +65,21 @@ class Digits(DataSet[DigitsOptions]):
             digest=tensors_hash({"images": pixels, "labels": targets}),
             edition=self.edition,
         )
+
+
+def embedded_table() -> NDArray[np.float64]:
+    """scikit-learn's digits: (1797, 65), 64 grey levels 0..16 and the digit.
+
+    The file inside the package is read as it is: importing scikit-learn takes seconds, which
+    a run of a minute and a half should not pay. Where the file is not, `load_digits` is asked.
+    """
+    package = find_spec("sklearn")
+    folders = package.submodule_search_locations if package is not None else None
+    for folder in folders or ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return np.column_stack([np.asarray(images), np.asarray(labels)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,7 @@ class ImageFolder(DataSet[FolderOptions]):
         labels = {role: _labels(entries) for role, entries in files.items()}
         choice = choose(labels, classes, options, name=str(root))
         size = Sizing.of(options)
+        stamps, told = _stamps([e.path for entries in files.values() for e in entries])
         sources: dict[str, Source] = {}
         for role, chosen in choice.splits.items():
             kept = [files[role][row].path for row in chosen.rows.tolist()]
@@ -105,12 +106,12 @@ class ImageFolder(DataSet[FolderOptions]):
                 size=size,
                 augment=options.augment if role == "train" else "none",
                 root=root,
+                stamps=stamps,
                 workers=options.workers,
             )
-        digest, told = _folder_hash(root, [e.path for entries in files.values() for e in entries])
         about = {
             "name": self.name,
-            "hash": digest,
+            "hash": _joined(stamps, root),
             "hash_of": told,
             "licence": self.licence,
             "source": str(root),
@@ -173,11 +174,13 @@ class ImageFolderSource:
         augment: "none", "crop" (random part: area and aspect ratio 3/4 to 4/3 drawn as by
             Szegedy et al. 2015, once, cut to the image), "flip", or both.
         root: content ids hash the paths below it.
+        stamps: what identifies the content of each file.
         workers: threads that decode a batch; 0 decodes one after another.
 
     Attributes:
         targets: the labels.
         ids: (N,) int64, a hash of each path.
+        fingerprint: of paths, contents, labels, and how images are read.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class ImageFolderSource:
         size: Sizing,
         augment: Augment = "none",
         root: Path,
+        stamps: Mapping[Path, str],
         workers: int = 0,
     ) -> None:
         self.files = list(files)
@@ -197,15 +201,10 @@ class ImageFolderSource:
         self.workers = workers
         names = [path.relative_to(root).as_posix() for path in self.files]
         self.ids = torch.tensor([seed_of("image", name) for name in names])
-        self._names = names
-
-    @property
-    def fingerprint(self) -> str:
-        """Of paths, sizes in bytes, labels, and how images are read."""
-        digest = hashlib.sha256(repr((self.size, self.augment)).encode())
-        for name, path, label in zip(self._names, self.files, self.targets.tolist(), strict=True):
-            digest.update(repr((name, path.stat().st_size, label)).encode())
-        return digest.hexdigest()[:32]
+        digest = hashlib.sha256(repr((size, augment)).encode())
+        for name, path, label in zip(names, self.files, labels.tolist(), strict=True):
+            digest.update(repr((name, stamps[path], label)).encode())
+        self.fingerprint = digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -343,16 +342,20 @@ def _check_readable(paths: Sequence[Path]) -> None:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _folder_hash(root: Path, paths: Sequence[Path]) -> tuple[str, str]:
-    """A hash of all files, and what of them went in."""
-    sizes = [path.stat().st_size for path in paths]
-    whole = sum(sizes) <= _WHOLE
+def _stamps(paths: Sequence[Path]) -> tuple[dict[Path, str], str]:
+    """What identifies each file's content, and what of it went in."""
+    sizes = {path: path.stat().st_size for path in paths}
+    if sum(sizes.values()) <= _WHOLE:
+        return {path: content_hash(path) for path in paths}, "content"
+    stamps = {}
+    for path, size in sizes.items():
+        with path.open("rb") as opened:
+            stamps[path] = f"{size}:{hashlib.sha256(opened.read(_HEAD)).hexdigest()}"
+    return stamps, f"sizes and the first {_HEAD} bytes"
+
+
+def _joined(stamps: Mapping[Path, str], root: Path) -> str:
     digest = hashlib.sha256()
-    for path, size in sorted(zip(paths, sizes, strict=True)):
-        digest.update(repr((path.relative_to(root).as_posix(), size)).encode())
-        if whole:
-            digest.update(content_hash(path).encode())
-        else:
-            with path.open("rb") as opened:
-                digest.update(opened.read(_HEAD))
-    return digest.hexdigest(), "content" if whole else f"names, sizes, first {_HEAD} bytes"
+    for path in sorted(stamps):
+        digest.update(repr((path.relative_to(root).as_posix(), stamps[path])).encode())
+    return digest.hexdigest()

@@ -106,11 +106,11 @@ def read_texts(file: Path, field: str) -> Iterator[str]:
                 entry = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{file}, line {number} is no JSON: {error}") from error
-            text = entry.get(field) if isinstance(entry, dict) else None
-            if not isinstance(text, str):
+            found = entry.get(field) if isinstance(entry, dict) else None
+            if not isinstance(found, str):
                 known = entry if isinstance(entry, dict) else ()
                 raise DataError(
                     f"{file}, line {number}: no text in the field '{field}'{nearest(field, known)}"
                 )
-            if text.strip():
-                yield text
+            if found.strip():
+                yield found

@@ -378,7 +378,7 @@ def open_super_resolution(
     repeats: int = 1,
     lr: str | Path | None = None,
     val: str | Path | int = 0,
-    test: str | Path | None = None,
+    test: str | Path | int = 0,
     enlarge: bool = False,
     edition: str = "",
     cache: str | Path | None = None,
@@ -393,7 +393,7 @@ def open_super_resolution(
         lr: low-resolution images of `train`; made from them when not given.
         val: another folder or zip, or how many images of `train` to hold out (chosen by a
             fixed seed, so every run and every side of a comparison holds out the same).
-        test: another folder or zip.
+        test: another folder or zip, or how many images to hold out likewise.
         enlarge: see `decoded_pairs`; network input and output then have one size.
         edition: the data's name for reports.
         cache: folder for decoded images.
@@ -404,25 +404,25 @@ def open_super_resolution(
         `input` (3, side, side) of a training patch, and `hash`.
 
     Raises:
-        DataError: missing or unusable images; too few to hold out `val`.
+        DataError: missing or unusable images; too few to hold some out.
     """
     ratio = 1 if enlarge else int(scale)
     store = decoded_pairs(train, scale, lr=lr, enlarge=enlarge, cache=cache)
-    rows = torch.arange(len(store))
+    order = torch.randperm(len(store), generator=generator("super-resolution", "held out"))
     sources: dict[str, Any] = {}
-    if isinstance(val, int):
-        if not 0 <= val < len(store):
-            raise DataError(f"cannot hold out {val} of {len(store)} images for validation")
-        if val:
-            order = torch.randperm(len(store), generator=generator("super-resolution", "val"))
-            rows = order[val:].sort().values
-            sources["val"] = Subset(WholeImages(store, ratio), order[:val].sort().values)
-    else:
-        held = decoded_pairs(val, scale, enlarge=enlarge, cache=cache)
-        sources["val"] = WholeImages(held, ratio)
-    if test is not None:
-        tested = decoded_pairs(test, scale, enlarge=enlarge, cache=cache)
-        sources["test"] = WholeImages(tested, ratio)
+    for role, asked in (("val", val), ("test", test)):
+        if not isinstance(asked, int):
+            other = decoded_pairs(asked, scale, enlarge=enlarge, cache=cache)
+            sources[role] = WholeImages(other, ratio)
+            continue
+        if not 0 <= asked < len(order):
+            raise DataError(
+                f"cannot hold out {asked} of {len(order)} images of {train} for '{role}'"
+            )
+        if asked:
+            sources[role] = Subset(WholeImages(store, ratio), order[:asked].sort().values)
+            order = order[asked:]
+    rows = order.sort().values
     sources["train"] = RandomPatches(store, ratio, patch, repeats=repeats, rows=rows)
     splits = Splits(sources, edition or Path(train).name)
     splits.about = {
@@ -528,7 +528,12 @@ class PhotographOptions(PairOptions):
     val_images: str | None = Field(
         None, description="folder or zip to validate on, instead of `held_out`"
     )
-    test_images: str | None = Field(None, description="folder or zip to test on")
+    held_out_test: int = Field(
+        0, ge=0, description="images of `images` held out for the test, by a fixed seed"
+    )
+    test_images: str | None = Field(
+        None, description="folder or zip to test on, instead of `held_out_test`"
+    )
 
 
 class Photographs(DataSet[PhotographOptions]):
@@ -547,6 +552,11 @@ class Photographs(DataSet[PhotographOptions]):
         """See `open_super_resolution`."""
         if options.held_out and options.val_images is not None:
             raise DataError("data options: give either 'held_out' or 'val_images', not both")
+        if bool(options.held_out_test) == (options.test_images is not None):
+            raise DataError(
+                "data options: a run is judged on images it was not trained on; give either "
+                "'test_images' (a folder or zip) or 'held_out_test' (how many of 'images')"
+            )
         return open_super_resolution(
             _given(options.images),
             scale=options.scale,
@@ -554,7 +564,9 @@ class Photographs(DataSet[PhotographOptions]):
             repeats=options.repeats,
             lr=None if options.lr_images is None else _given(options.lr_images),
             val=options.held_out if options.val_images is None else _given(options.val_images),
-            test=None if options.test_images is None else _given(options.test_images),
+            test=options.held_out_test
+            if options.test_images is None
+            else _given(options.test_images),
             enlarge=options.enlarge,
         )
 

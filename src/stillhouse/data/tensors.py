@@ -61,6 +61,7 @@ class Tensors(DataSet[TensorOptions]):
         arrays, names = _read(path)
         parts = _by_split(arrays, path)
         _check(parts, path)
+        classes = _class_names(parts, names, path)
         if "test" not in parts:
             _split_test(parts, options, path)
         elif options.test is not None:
@@ -71,7 +72,6 @@ class Tensors(DataSet[TensorOptions]):
             "licence": self.licence,
             "source": str(path),
         }
-        classes = _class_names(parts, names, path)
         # Without classes every row is of one kind, so that `subset` still works.
         labels = {
             role: views["target"].long() if classes and "target" in views else _zeros(views)

@@ -191,7 +191,7 @@ def _table(content: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str,
                 )
             yield reader.line_num, entry
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+        raise DataError(f"{path}, after line {reader.line_num}: {error}") from error
 
 
 def _classes(rows: list[Row], path: Path) -> list[str]:

@@ -285,7 +285,7 @@ def _train(
 ) -> dict[str, Any]:
     budget, teacher = job.budget, given["teacher"]
     _warn_about_statistics(job, objective)
-    _bind(teacher, objective, job)
+    _bind(teacher, objective, job, data)
     objective.train()
     clock = job.clock(name)
     output = getattr(job.recipe, "output", None)
@@ -332,9 +332,12 @@ def _train(
     return result
 
 
-def _bind(teacher: Teacher | None, objective: Objective, job: Job) -> None:
+def _bind(teacher: Teacher | None, objective: Objective, job: Job, data: Order) -> None:
     if teacher is not None:
         teacher.bind(objective.wants, job.task)
+        reads = getattr(teacher, "reads", None)
+        if reads is not None:
+            reads(data, job.views().seed)
         mover = getattr(teacher, "to", None)
         if mover is not None:
             mover(job.device)

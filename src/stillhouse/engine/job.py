@@ -21,7 +21,7 @@ from torch import Generator, nn
 
 from stillhouse.artifact import Artifact
 from stillhouse.batch import Batch, Order, Shuffled, Source, Splits
-from stillhouse.clock import Clock, Name, generator, seed_of
+from stillhouse.clock import Clock, Name, Views, generator, seed_of
 from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
@@ -170,6 +170,10 @@ class Job:
             world=self.hardware.world,
         )
 
+    def views(self) -> Views:
+        """The chance of reading data, equal in all stages of the run."""
+        return Views(seed_of(self.seed, "views"))
+
     # ---- models and data -----------------------------------------------------------------
 
     def student(self, role: str = "student") -> Net:
@@ -196,6 +200,10 @@ class Job:
     def order(self, split: str = "train", batch: int | None = None, **settings: Any) -> Order:
         """The shuffled order of a split, in batches of the budget."""
         size = batch or self.budget.batch
+        store = getattr(getattr(self.recipe, "teacher", None), "store", None)
+        if store is not None and store.draws:
+            # Every side of a comparison then reads the same augmentations, stored or not.
+            settings.setdefault("draws", store.draws)
         return Shuffled(self.splits[split], size, collate=self.task.collate, **settings)
 
     # ---- stages ----------------------------------------------------------------------------
@@ -333,7 +341,8 @@ class Job:
         """
         stage = self.stage(name, kind)
         with self._open(stage, False):
-            if not stage.finished:
+            # A store in the cache may have lost records since the stage was finished.
+            if not stage.finished or not getattr(into, "complete", True):
                 stage.begin()
                 done = 0
                 for key, item in items:
@@ -495,8 +504,6 @@ class Job:
         model.train(training)
 
     def _own(self, order: Order, rows: Any) -> Batch | None:
-        from stillhouse.clock import Views
-
         world, rank = self.hardware.world, self.hardware.rank
         own = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
         if len(own) == 0:

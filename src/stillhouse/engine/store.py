@@ -52,6 +52,7 @@ FORMAT = "stillhouse-store"
 VERSION = 1
 LAYOUTS = ("fixed",)
 
+FLUSH_SECONDS = 5.0  # between flushes while writing
 _BLOCK_BYTES = 1 << 18
 _SHARD_BYTES = 1 << 32
 
@@ -162,12 +163,6 @@ class Header:
             TeacherError: what differs, what the store has, and what to do.
         """
         again = "capture again into another folder, or change the recipe"
-        if teacher is not None and teacher != self.teacher:
-            raise TeacherError(
-                f"the store {path} was made by another teacher: it holds answers of "
-                f"{self.teacher_name or 'a teacher'} ({self.teacher[:12]}), the run has another "
-                f"({teacher[:12]}); {again}"
-            )
         if data is not None and data != self.data:
             raise TeacherError(
                 f"the store {path} was made of other data: {self.edition or 'samples'} "
@@ -177,6 +172,13 @@ class Header:
             raise TeacherError(
                 f"the store {path} was made with other preprocessing "
                 f"({self.preprocessing[:12]}, the run has {preprocessing[:12]}); {again}"
+            )
+        # A teacher's fingerprint covers its preprocessing, which is told more exactly above.
+        if teacher is not None and teacher != self.teacher:
+            raise TeacherError(
+                f"the store {path} was made by another teacher: it holds answers of "
+                f"{self.teacher_name or 'a teacher'} ({self.teacher[:12]}), the run has another "
+                f"({teacher[:12]}); {again}"
             )
         if draws is not None and draws != self.draws:
             raise TeacherError(
@@ -246,7 +248,9 @@ class Store:
         header: what the store says of itself.
     """
 
-    def __init__(self, path: Path, header: Header, *, writer: str | None = None) -> None:
+    def __init__(
+        self, path: Path, header: Header, *, writer: str | None = None, wait: bool = False
+    ) -> None:
         self.path = path
         self.header = header
         self.fields = {f.name: f for f in header.fields}
@@ -259,7 +263,7 @@ class Store:
         self._pending: list[Rows] = []
         self._saved = time.monotonic()
         if writer is not None:
-            self._take_lock(writer)
+            self._take_lock(writer, wait)
         self._maps = self._map_shards()
         names = {p.name.rsplit(".", 1)[0] for p in path.glob("done-*.[ab]")}
         if writer is not None:
@@ -288,6 +292,7 @@ class Store:
         extra: Mapping[str, Any] | None = None,
         shard_bytes: int = _SHARD_BYTES,
         writer: str = "0",
+        wait: bool = False,
     ) -> Store:
         """Begin a store, or go on with the one that was begun at `path`.
 
@@ -305,6 +310,7 @@ class Store:
             extra: anything else worth knowing.
             shard_bytes: largest file.
             writer: name of this process among several that write different records.
+            wait: until another process that writes under this name has ended.
 
         Raises:
             TeacherError: there is a store at `path` of another teacher, data, preprocessing
@@ -338,10 +344,10 @@ class Store:
         )
         if not (folder / "header.json").exists():
             _begin(folder, header, numbers, stride)
-            return cls(folder, header, writer=writer)
+            return cls(folder, header, writer=writer, wait=wait)
         found = _read_header(folder)
         _refuse_difference(folder, found, header)
-        store = cls(folder, found, writer=writer)
+        store = cls(folder, found, writer=writer, wait=wait)
         store.repair()
         return store
 
@@ -367,10 +373,10 @@ class Store:
             )
         return np.frombuffer(raw, dtype=np.int64)
 
-    def _take_lock(self, writer: str) -> None:
+    def _take_lock(self, writer: str, wait: bool) -> None:
         handle = os.open(self.path / f"done-{writer}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             os.close(handle)
             raise CheckpointError(
@@ -594,7 +600,7 @@ class Store:
         self._pending.append(rows)
         own.mark(rows)
         self._finished += len(rows)
-        if time.monotonic() - self._saved > 5.0:
+        if time.monotonic() - self._saved > FLUSH_SECONDS:
             self.flush()
         return len(rows)
 
@@ -848,7 +854,11 @@ def _begin(folder: Path, header: Header, ids: Rows | None, stride: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("records-*.bin"), *folder.glob("done-*.[ab]")]:
         old.unlink()
+    needed = header.records * stride
     try:
+        # Not every file system can reserve room.
+        if needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for number, rows in enumerate(_shard_rows(header)):
             _allocate(folder / _shard_name(number), rows * stride)
         if ids is not None:
@@ -857,7 +867,7 @@ def _begin(folder: Path, header: Header, ids: Rows | None, stride: int) -> None:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        needed, free = header.records * stride, shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free
         for made in folder.glob("records-*.bin"):
             made.unlink()
         raise CheckpointError(

@@ -384,7 +384,7 @@ def _hugging_face(
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ModelError(f"{model} has no option '{unknown[0]}'{nearest(unknown[0], known)}")
-    if head and "LM" not in auto.__name__:
+    if head and "LM" not in auto.__name__ and "num_labels" not in options:
         options = {**_labels(about), **options}
     if options:
         config = _hf_config(name, place, weights, trust, options)
@@ -700,7 +700,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return dict(load_file(path))
+            return _unwrapped(load_file(path))
         except SafetensorError as error:
             raise ModelError(f"the weights {path} are damaged: {error}") from error
     try:
@@ -716,10 +716,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ModelError(f"{path} holds {type(content).__name__}, not a state dict of tensors")
-    state = dict(content)
+    return _unwrapped(content)
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix "module." of data-parallel training."""
     if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
 
 
 def load_weights(

@@ -104,7 +104,9 @@ def _resize(
     eight_bit = image.dtype == torch.uint8
     if not eight_bit and not image.is_floating_point():
         raise DataError(f"an image to resize must be uint8 or floating point, not {image.dtype}")
-    values = image.double().contiguous()
+    # Some accelerators have no float64.
+    wide = torch.float32 if image.device.type == "mps" else torch.float64
+    values = image.to(wide).contiguous()
     # sorted is stable: with equal scales the vertical pass comes first, as in Matlab.
     for axis in sorted((0, 1), key=lambda a: scales[a]):
         values = _pass(values, axis - 2, target[axis], scales[axis], antialias)
@@ -126,8 +128,9 @@ def _pass(values: Tensor, axis: int, length: int, scale: float, antialias: bool)
     total: Tensor | None = None
     # A loop over the few taps: no (length, source) matrix, so large images stay cheap.
     for tap in range(weights.shape[1]):
-        weight = weights[:, tap].to(values.device).view(shape)
-        taken = values.index_select(axis, places[:, tap].to(values.device))
+        weight = torch.tensor(weights[:, tap], dtype=values.dtype, device=values.device)
+        place = torch.tensor(places[:, tap], device=values.device)
+        weight, taken = weight.view(shape), values.index_select(axis, place)
         total = taken * weight if total is None else total.addcmul_(taken, weight)
     assert total is not None
     return total
@@ -136,8 +139,11 @@ def _pass(values: Tensor, axis: int, length: int, scale: float, antialias: bool)
 @lru_cache(maxsize=256)
 def _contributions(
     source: int, length: int, scale: float, antialias: bool
-) -> tuple[Tensor, Tensor]:
-    """Weights (length, taps) float64 that sum to 1, and the input places they belong to."""
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Weights (length, taps) that sum to 1, and the input places they belong to.
+
+    Arrays, not tensors: a tensor kept from under inference_mode could enter no graph later.
+    """
     stretch = min(scale, 1.0) if antialias else 1.0
     support = 4.0 / stretch
     centre = np.arange(1, length + 1, dtype=np.float64) / scale + 0.5 * (1.0 - 1.0 / scale)
@@ -150,7 +156,7 @@ def _contributions(
     mirror = np.concatenate([np.arange(source), np.arange(source)[::-1]])
     wrapped = mirror[np.mod(places.astype(np.int64) - 1, 2 * source)]
     used = np.abs(weights).max(axis=0) > 0
-    return torch.from_numpy(weights[:, used].copy()), torch.from_numpy(wrapped[:, used].copy())
+    return weights[:, used], wrapped[:, used]
 
 
 def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:

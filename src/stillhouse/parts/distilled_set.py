@@ -203,18 +203,8 @@ class DistilledSet:
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        content = save({k: v.detach().cpu().contiguous() for k, v in self._tensors().items()})
-        description = {
-            "version": _VERSION,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "classes": list(self.classes),
-            "lr": self.lr,
-            "preprocessing": self._preprocessing_name(),
-            "decode": dataclasses.asdict(self.decode),
-            "relabel": None if self.relabel is None else dict(self.relabel),
-            "provenance": dict(self.provenance),
-            "bytes": self.storage,
-        }
+        content = save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()})
+        description = {"sha256": hashlib.sha256(content).hexdigest(), **self.description()}
         _write(target / TENSORS, content)
         _write(target / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
         return target
@@ -238,14 +228,44 @@ class DistilledSet:
             ) from None
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{source / DESCRIPTION} is damaged: {error}") from None
-        if description.get("version", 0) > _VERSION:
-            raise CheckpointError(
-                f"{source} was written by a later version of stillhouse "
-                f"(format {description['version']}, known: {_VERSION})"
-            )
         if hashlib.sha256(content).hexdigest() != description.get("sha256"):
             raise CheckpointError(f"{source / TENSORS} is damaged: its hash is not the stated one")
-        tensors = load(content)
+        return cls.restore(load(content), description)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is a tensor, by name."""
+        tensors = {"images": self.images, "labels": self.labels}
+        if self.label_logits is not None:
+            tensors["label_logits"] = self.label_logits
+        if isinstance(self.preprocessing, ZCA):
+            tensors |= {f"zca.{k}": v for k, v in self.preprocessing.tensors().items()}
+        return tensors
+
+    def description(self) -> dict[str, Any]:
+        """Everything that is no tensor, as plain JSON values."""
+        return {
+            "version": _VERSION,
+            "classes": list(self.classes),
+            "lr": self.lr,
+            "preprocessing": self._preprocessing_name(),
+            "decode": dataclasses.asdict(self.decode),
+            "relabel": None if self.relabel is None else dict(self.relabel),
+            "provenance": dict(self.provenance),
+            "storage": self.storage,
+        }
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> DistilledSet:
+        """The set that gave these `tensors()` and this `description()`.
+
+        Raises:
+            CheckpointError: of a later version.
+        """
+        if description.get("version", 0) > _VERSION:
+            raise CheckpointError(
+                "the distilled set was written by a later version of stillhouse "
+                f"(format {description['version']}, known: {_VERSION})"
+            )
         return cls(
             images=tensors["images"],
             labels=tensors["labels"],
@@ -257,14 +277,6 @@ class DistilledSet:
             relabel=description["relabel"],
             provenance=description["provenance"],
         )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"images": self.images, "labels": self.labels}
-        if self.label_logits is not None:
-            tensors["label_logits"] = self.label_logits
-        if isinstance(self.preprocessing, ZCA):
-            tensors |= {f"zca.{k}": v for k, v in self.preprocessing.tensors().items()}
-        return tensors
 
     def _preprocessing_name(self) -> dict[str, Any] | None:
         match self.preprocessing:

@@ -144,7 +144,8 @@ class CodeReader:
 
     def read_word(self, word: str) -> Tensor:
         """Codes (1, c) of one word; (0, c) of an empty one."""
-        return self._code(word)[None] if word else self._code("")[None][:0]
+        codes: Tensor = self._code(word)[None]
+        return codes if word else codes[:0]
 
     def row(self, codes: Tensor) -> Tensor:
         """The codes, cut to `length`."""

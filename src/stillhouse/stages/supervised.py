@@ -57,7 +57,7 @@ def train_supervised(
     return job.fit(
         name,
         Supervised(net, job.task),
-        job.order(split, budget.batch),
+        job.order(split, budget.batch, draws=None),
         steps=budget.steps,
         epochs=budget.epochs,
         optim=optimizer_of(budget),

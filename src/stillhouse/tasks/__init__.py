@@ -27,8 +27,8 @@ def open_task(name: str, splits: Splits) -> Task:
     if name.replace("_", "-") not in task_names():
         raise RecipeError(f"unknown task '{name}'{nearest(name, task_names())}")
     module = importlib.import_module(f"stillhouse.tasks.{name.replace('-', '_')}")
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Task) and value is not Task:
-            if value.__module__ == module.__name__:
-                return value(splits)
+    own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+    for value in own:
+        if isinstance(value, type) and issubclass(value, Task):
+            return value(splits)
     raise RecipeError(f"the module of the task '{name}' defines no Task")

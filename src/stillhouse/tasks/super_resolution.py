@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -326,7 +327,7 @@ class SuperResolver(Predictor):
             pixels = decode_image(source)
             made = self.predict([pixels], **dict(options))[0]
             levels = to_grey_levels(made).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            write_whole(target, lambda beside, levels=levels: _save_png(levels, beside))
+            write_whole(target, partial(_save_png, levels))
             rows.append(
                 {
                     "input": str(source),

@@ -26,6 +26,7 @@ Question = tuple[Request, int]
 Attempt = Callable[[Request, int], Awaitable[Reply]]
 FLAGGED = ("length", "content_filter")
 _LISTED = 1000
+_BEAT = 0.5  # seconds
 
 
 class TryAgain(Exception):
@@ -187,7 +188,8 @@ async def ask_all(
         rate: limit of requests per second.
         limit: see `select`.
         shard: see `select`.
-        progress: called after every answer or failure.
+        progress: called after every answer or failure, and twice a second; what it raises
+            ends the asking.
 
     Returns:
         The tally. Requests that found no usable answer are listed in it, not raised.
@@ -255,9 +257,14 @@ class _Asking:
 
     async def through(self, fresh: Iterator[Question], workers: int) -> Tally:
         start = time.perf_counter()
-        tasks = [asyncio.create_task(self.work(fresh)) for _ in range(workers)]
+        beat = asyncio.create_task(self.beat())
+        tasks = [beat, *(asyncio.create_task(self.work(fresh)) for _ in range(workers))]
+        pending = set(tasks)
         try:
-            await asyncio.gather(*tasks)
+            while pending > {beat}:
+                ended, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()
@@ -265,6 +272,13 @@ class _Asking:
             self.journal.sync()
             self.tally.seconds = time.perf_counter() - start
         return self.tally
+
+    async def beat(self) -> None:
+        """Tell `progress` now and then, so that it can stop us while nothing answers."""
+        while self.progress is not None:
+            await asyncio.sleep(_BEAT)
+            self.progress(self.tally)
+        await asyncio.Event().wait()
 
     async def work(self, fresh: Iterator[Question]) -> None:
         while True:
@@ -307,26 +321,30 @@ class _Asking:
         self.busy += 1
         try:
             await self.rate.take()
-            self.tally.attempts += 1
-            with self.journal.sending(item.key):
-                try:
-                    reply = await self.attempt(item.request, item.draw)
-                except TryAgain as failure:
-                    self.meet(failure, item)
-                    return
-                self.journal.put_reply(
-                    item.request, item.draw, reply, attempts=item.number, key=item.key
-                )
-            self.taken.discard(item.key)
-            self.lost_in_a_row = 0
-            self.tally.answered += 1
-            if reply.finish_reason in FLAGGED:
-                self.tally.flagged[reply.finish_reason] += 1
+            await self.once(item)
         finally:
             self.busy -= 1
             self.changed.set()
-            if self.progress is not None:
-                self.progress(self.tally)
+        if self.progress is not None:
+            self.progress(self.tally)
+
+    async def once(self, item: _Item) -> None:
+        """One try; the answer is written before it counts."""
+        self.tally.attempts += 1
+        with self.journal.sending(item.key):
+            try:
+                reply = await self.attempt(item.request, item.draw)
+            except TryAgain as failure:
+                self.meet(failure, item)
+                return
+            self.journal.put_reply(
+                item.request, item.draw, reply, attempts=item.number, key=item.key
+            )
+        self.taken.discard(item.key)
+        self.lost_in_a_row = 0
+        self.tally.answered += 1
+        if reply.finish_reason in FLAGGED:
+            self.tally.flagged[reply.finish_reason] += 1
 
     def meet(self, failure: TryAgain, item: _Item) -> None:
         """Queue another try, or give the request up; stop when nothing comes through."""

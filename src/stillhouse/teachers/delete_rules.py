@@ -40,6 +40,14 @@ FILLERS = _set(
     "very really quite rather just simply merely actually basically certainly perhaps maybe "
     "almost even still already often usually always sometimes"
 )
+COMMON_WORDS = _set(
+    "all many much more most other others another same own few several lot lots part parts way "
+    "ways time times thing things kind kinds make makes made making use uses used using get gets "
+    "got give gives given go goes went come comes came take takes took taken see sees seen know "
+    "known say says said like includes include including various different number numbers good "
+    "great new old first second last next well want wants wanted need needs become became "
+    "called based known"
+)
 NOT_ADVERBS = _set("family only early reply supply apply rely july italy ally assembly anomaly fly")
 
 
@@ -90,7 +98,7 @@ def keep_flags(tokens: Sequence[str]) -> list[bool]:
     - an article goes only before a lower-case word;
     - a preposition goes unless a number or a capitalised word follows;
     - an auxiliary goes only before a form in -ing or -ed, or before an article;
-    - pronouns, conjunctions, fillers and adverbs in -ly go;
+    - pronouns, conjunctions, fillers, the commonest other words and adverbs in -ly go;
     - of several mentions of a name only the last stays;
     - a parenthesis goes, brackets and all, only if it holds no number;
     - quotation marks go; other punctuation, names, numbers and all other words stay.
@@ -110,7 +118,7 @@ def _stays(tokens: Sequence[str], i: int) -> bool:
     if word in AUXILIARIES:
         verb = following.endswith(("ing", "ed")) and following[:1].islower()
         return not (verb or following.lower() in ARTICLES)
-    if word in FUNCTION_WORDS or word in FILLERS or token in {'"', "“", "”", "'", "`"}:
+    if word in FUNCTION_WORDS | FILLERS | COMMON_WORDS or token in {'"', "“", "”", "'", "`"}:
         return False
     return not (len(word) > 4 and word.endswith("ly") and word not in NOT_ADVERBS)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from stillhouse.batch import Batch
+from stillhouse.batch import Batch, read_rows
+from stillhouse.clock import Views
 from stillhouse.engine.store import Store
 from stillhouse.errors import TeacherError, nearest
 from stillhouse.teacher import Frozen, Knowledge, Want
@@ -61,8 +63,7 @@ class Stored:
 
         Raises:
             TeacherError: the method needs the module itself; a field is not stored; the store
-                is of other data, of other classes, unfinished, or of unaugmented samples
-                while the run augments.
+                is of other data, of other classes, or unfinished.
         """
         names: list[tuple[str, str]] = []
         for want in wants:
@@ -113,25 +114,22 @@ class Stored:
         if head.data not in found:
             role = "train" if "train" in open_roles else open_roles[0]
             self.store.check(data=splits[role].fingerprint, edition=splits.edition)
-        if not self.store.draws and augments(found[head.data]):
-            raise TeacherError(
-                f"the store {self.store.path} holds samples as they are, but the run augments "
-                f"'{splits.edition}' at random: capture a finite number of augmentations "
-                "(teacher: store: {draws: 4}), or switch the augmentation off"
-            )
 
-    def reads(self, draws: int | None, views: int, augmented: bool = True) -> None:
-        """Check how the run will read: called once its order of reading is known.
+    def reads(self, order: Any, views: int) -> None:
+        """Check how the run will read: the engine calls it once the order is known.
 
         Args:
-            draws: finite augmentations of a sample, None for a new one every epoch.
+            order: its `draws` are the finite augmentations of a sample, None for a new one
+                every epoch; with `augment` False samples are read as they are.
             views: the seed of the run's augmentations.
-            augmented: False when the samples are read as they are.
 
         Raises:
             TeacherError: the store holds other augmentations, or none.
         """
-        if not augmented:
+        source, draws = getattr(order, "source", None), getattr(order, "draws", None)
+        if source is None:
+            return
+        if not getattr(order, "augment", True) or not (draws or augments(source)):
             self.store.check(draws=0)
             return
         if draws is None:
@@ -178,11 +176,17 @@ def _kind(name: str) -> str:
 
 
 def augments(source: Any) -> bool:
-    """Whether a source, or one within it, changes samples at random."""
-    while source is not None:
-        if getattr(source, "augment", None) is not None:
+    """Whether a source changes samples at random: some are read twice with different chance."""
+    rows = torch.arange(min(8, len(source)))
+    plain = read_rows(source, rows, None)
+    for seed in range(4):
+        drawn = read_rows(source, rows, Views(seed))
+        if any(_differ(plain[name], drawn[name]) for name in plain if name != "draw"):
             return True
-        source = getattr(source, "source", None)
-        if isinstance(source, str):
-            return False
     return False
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return not torch.equal(one, other)
+    return isinstance(one, Tensor) != isinstance(other, Tensor)

@@ -294,7 +294,7 @@ def test_held_out_images_are_whole_and_not_trained_on(folder: Path) -> None:
     assert again.fingerprint() == splits.fingerprint() == splits.about["hash"]
     other = open_super_resolution(folder, patch=20, val=1, repeats=3, test=folder)
     assert other.fingerprint() != splits.fingerprint()
-    with pytest.raises(DataError, match="cannot hold out 3 of 3"):
+    with pytest.raises(DataError, match=r"cannot hold out 3 of 3 images of .* for 'val'"):
         open_super_resolution(folder, patch=16, val=3)
 
 
@@ -316,18 +316,23 @@ def test_patches_go_through_an_order(folder: Path) -> None:
 
 
 def test_own_photographs_by_name(folder: Path) -> None:
-    options = {"images": str(folder), "patch": 16, "held_out": 1, "repeats": 2}
+    options = {"images": str(folder), "patch": 16, "held_out_test": 1, "repeats": 2}
+    splits = open_data("photographs", options={**options, "held_out": 1})
+    assert len(splits["train"]) == 2
+    parts = [splits["val"].rows.tolist(), splits.judging()["test"].rows.tolist()]
+    assert sorted([*parts[0], *parts[1], *splits["train"].rows]) == [0, 1, 2]
     splits = open_data("photographs", options=options)
     assert len(splits["train"]) == 4
-    assert len(splits["val"]) == 1
+    with pytest.raises(DataError, match="either 'test_images'"):
+        open_data("photographs", options={"images": str(folder), "patch": 16})
     seven = open_data("photographs", options=options, seed=7)
     assert seven.fingerprint() == splits.fingerprint()
     with pytest.raises(RecipeError, match="needs the option 'images'"):
         open_data("photographs")
     with pytest.raises(DataError, match="either 'held_out' or 'val_images'"):
-        open_data("photographs", options={**options, "val_images": str(folder)})
+        open_data("photographs", options={**options, "held_out": 1, "val_images": str(folder)})
     with pytest.raises(DataError, match="no such folder or zip"):
-        open_data("photographs", options={"images": "absent"})
+        open_data("photographs", options={"images": "absent", "held_out_test": 1})
 
 
 def test_bsd100_and_set5(data_root: Path) -> None:

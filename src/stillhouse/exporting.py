@@ -1,0 +1,530 @@
+"""Take a model that a run has left to another library, and check that it answers the same.
+
+Forms: ONNX (with normalisation inside), a plain PyTorch state dict, a Hugging Face folder, a
+timm folder, a sentence-transformers folder. Each is read back and compared before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stillhouse.artifact import Artifact, plain_state
+from stillhouse.errors import MissingExtra, ModelError, RecipeError, nearest
+from stillhouse.net import Net
+from stillhouse.opening import open_artifact
+
+# Largest difference between the answers here and there, relative to the largest answer.
+TOLERANCE = 1e-4
+_SIDE = 24
+_WORDS = ("Some words of different length.", "A few others, to see what comes out of them.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        artifact: the opened artifact.
+        net: its network with call rule and normalisation.
+        module: the network itself.
+        view: two rows of what it reads.
+    """
+
+    artifact: Artifact
+    net: nn.Module
+    module: nn.Module
+    view: Any
+
+    @property
+    def name(self) -> str:
+        """What the model is, for messages."""
+        given = self.artifact.model.get("id", "handed in as an object")
+        return f"{type(self.module).__name__} ({given})"
+
+
+def export_artifact(
+    folder: Path | str,
+    to: str,
+    output: Path | str | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Write the model of an artifact in another library's form, read it back, and compare.
+
+    Args:
+        folder: of the artifact, or of the run that made it.
+        to: "onnx", "torch", "hf", "timm" or "sentence-transformers".
+        output: folder to write into; `FOLDER/export/FORM` when not given.
+        shape: of one input, without the batch, where the artifact does not say it.
+
+    Returns:
+        form, folder, files, and the largest relative difference between the answers.
+
+    Raises:
+        RecipeError: unknown form; the artifact holds no model.
+        ModelError: the model cannot take that form, or answers differently in it.
+        MissingExtra: a package is not installed.
+    """
+    if to not in FORMS:
+        raise RecipeError(f"unknown form '{to}'{nearest(to, FORMS)}")
+    source = open_source(Path(folder), shape)
+    place = Path(output) if output is not None else Path(folder) / "export" / to
+    fresh = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        told = FORMS[to](source, place)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    files = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+    return {"form": to, "folder": str(place), "files": files, "model": source.name, **told}
+
+
+def open_source(folder: Path, shape: Sequence[int] | None = None) -> Source:
+    """The model of an artifact, in eval mode on the CPU.
+
+    Raises:
+        RecipeError: it holds no model.
+        ModelError: it is not known what the model reads, and no shape is given.
+    """
+    artifact = open_artifact(folder)
+    if artifact.predictor is None:
+        inside = [n for n, a in artifact.attachments.items() if a.predictor is not None]
+        hint = f"; it carries one: {folder}/attachments/{inside[0]}" if inside else ""
+        raise RecipeError(f"an artifact of kind '{artifact.kind}' holds no model to export{hint}")
+    net = artifact.module.cpu().eval()
+    module = net.module if isinstance(net, Net) else net
+    return Source(artifact, net, module, example_view(artifact, module, shape))
+
+
+def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | None = None) -> Any:
+    """Two rows of what a model reads: from its reader, its settings, or its data.
+
+    Raises:
+        ModelError: none of them says it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    predictor = artifact.predictor
+    settings = predictor.settings if predictor is not None else {}
+    reads = settings.get("input", artifact.meta.get("about", {}).get("input"))
+    if shape is not None:
+        return torch.rand(2, *shape, generator=draw)
+    reader: Any = getattr(module, "reader", None)
+    if reader is not None:
+        return reader.join([reader.row(reader.read(text).codes) for text in _WORDS])
+    if is_hugging_face(module):
+        return _hugging_face_view(module, reads, draw)
+    if isinstance(reads, list | tuple):
+        return torch.rand(2, *reads, generator=draw)
+    if isinstance(reads, Mapping) and {"vocabulary", "length"} <= set(reads):
+        size = (2, int(reads["length"]))
+        return torch.randint(1, int(reads["vocabulary"]), size, generator=draw)
+    if "scale" in settings:
+        colours = next(p for p in module.parameters() if p.ndim == 4).shape[1]
+        return torch.rand(2, colours, _SIDE, _SIDE, generator=draw)
+    raise ModelError(
+        f"the artifact does not say what {type(module).__name__} reads; give the shape of one "
+        "input without the batch, such as --shape 3,32,32"
+    )
+
+
+def _hugging_face_view(module: Any, reads: Any, draw: torch.Generator) -> Any:
+    config = module.config
+    if module.main_input_name == "pixel_values":
+        side = getattr(config, "image_size", 32)
+        height, width = (side, side) if isinstance(side, int) else side
+        chosen = reads if isinstance(reads, list | tuple) else (3, height, width)
+        return torch.rand(2, *chosen, generator=draw)
+    ids = torch.randint(1, int(config.vocab_size), (2, 8), generator=draw)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, without importing that."""
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in type(module).__mro__
+    )
+
+
+# Comparing ---------------------------------------------------------------------------------
+
+
+def answers(net: nn.Module, view: Any) -> dict[str, Tensor]:
+    """The tensors that a network gives for a view, by name."""
+    with torch.inference_mode():
+        out = net(view)
+    if isinstance(out, Tensor):
+        return {"output": out}
+    return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+
+def compared(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], what: str) -> float:
+    """The largest difference between answers, relative to the largest answer.
+
+    Raises:
+        ModelError: names or shapes differ, or the difference is above `TOLERANCE`.
+    """
+    worst = 0.0
+    for name, own in ours.items():
+        other = theirs.get(name)
+        if other is None or other.shape != own.shape:
+            got = "nothing" if other is None else tuple(other.shape)
+            raise ModelError(f"{what} gives {got} for '{name}', the model {tuple(own.shape)}")
+        scale = max(1e-6, float(own.abs().max()))
+        worst = max(worst, float((own.double() - other.double()).abs().max()) / scale)
+    if not worst <= TOLERANCE:
+        raise ModelError(
+            f"{what} answers differently: largest relative difference {worst:.2g}, "
+            f"at most {TOLERANCE:g} is accepted; nothing was kept"
+        )
+    return worst
+
+
+# Forms -------------------------------------------------------------------------------------
+
+
+class _Flat(nn.Module):
+    """A network called on positional tensors, giving a tuple: what a graph can hold."""
+
+    def __init__(self, net: nn.Module, names: Sequence[str] | None, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.net, self.names, self.outputs = net, names, outputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs in order."""
+        view = tensors[0] if self.names is None else dict(zip(self.names, tensors))
+        out = self.net(view)
+        return (out,) if isinstance(out, Tensor) else tuple(out[name] for name in self.outputs)
+
+
+def to_onnx(source: Source, folder: Path) -> dict[str, Any]:
+    """`model.onnx`, one file, batch (and where the model allows it, size or length) free."""
+    onnxruntime = _needed("onnxruntime", "export")
+    _needed("onnx", "export")
+    _needed("onnxscript", "export")
+    named = isinstance(source.view, Mapping)
+    inputs = list(source.view) if named else ["x"]
+    tensors = tuple(source.view.values()) if named else (source.view,)
+    expected = answers(source.net, source.view)
+    flat = _Flat(source.net, inputs if named else None, list(expected)).eval()
+    path = folder / "model.onnx"
+    _write_onnx(flat, tensors, path, inputs, list(expected), source.name)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(view: Any) -> dict[str, Tensor]:
+        given = view if named else {"x": view}
+        feed = {i.name: given[i.name].numpy() for i in session.get_inputs()}
+        return dict(zip(expected, map(torch.from_numpy, session.run(None, feed)), strict=True))
+
+    worst = compared(expected, run(source.view), "the ONNX model")
+    more = _map(source.view, lambda t: torch.cat([t, t[:1]]))
+    worst = max(worst, compared(answers(source.net, more), run(more), "the ONNX model"))
+    axes = {i.name: [str(size) for size in i.shape] for i in session.get_inputs()}
+    return {"inputs": axes, "outputs": list(expected), "largest_difference": worst}
+
+
+def _write_onnx(
+    flat: nn.Module,
+    tensors: tuple[Tensor, ...],
+    path: Path,
+    inputs: list[str],
+    outputs: list[str],
+    name: str,
+) -> None:
+    # What the model cannot take freely (a head after flattening), AUTO leaves fixed.
+    free = torch.export.Dim.AUTO
+    shapes = (tuple(dict.fromkeys(free_axes(t), free) for t in tensors),)
+    try:
+        with _quiet():
+            torch.onnx.export(
+                flat,
+                tensors,
+                str(path),
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=shapes,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name} cannot be written as ONNX: {reason}") from error
+    _name_axes(path, tensors)
+
+
+def free_axes(tensor: Tensor) -> dict[int, str]:
+    """Axes of an input that may have any size, and their names: never channels or features."""
+    if tensor.ndim == 4:
+        return {0: "batch", 2: "height", 3: "width"}
+    if tensor.ndim >= 2 and not tensor.is_floating_point():
+        return {0: "batch", 1: "length"}
+    return {0: "batch"}
+
+
+def _name_axes(path: Path, tensors: Sequence[Tensor]) -> None:
+    """Let the free axes of a graph bear names in place of the tracer's numbers."""
+    import onnx
+
+    model = onnx.load(str(path))
+    names: dict[str, str] = {}
+    for value, tensor in zip(model.graph.input, tensors):
+        for axis, name in free_axes(tensor).items():
+            symbol = value.type.tensor_type.shape.dim[axis].dim_param
+            if symbol:
+                names.setdefault(symbol, name)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param in names:
+                size.dim_param = names[size.dim_param]
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks, which are about its own insides."""
+    import logging
+    import warnings
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def to_torch(source: Source, folder: Path) -> dict[str, Any]:
+    """`model.safetensors`, `model.json` (how to build it) and a note with the code to load it."""
+    state = plain_state(source.net)
+    save_file(state, folder / "model.safetensors")
+    about = {
+        "model": source.artifact.model,
+        "class": f"{type(source.module).__module__}.{type(source.module).__qualname__}",
+        "mean": _numbers(getattr(source.net, "mean", None)),
+        "std": _numbers(getattr(source.net, "std", None)),
+        "settings": source.artifact.predictor.settings if source.artifact.predictor else {},
+    }
+    (folder / "model.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
+    (folder / "README.md").write_text(_torch_note(source, about), encoding="utf-8")
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    whole = {name: value.detach().cpu() for name, value in source.module.state_dict().items()}
+    worst = compared(
+        {k: v for k, v in whole.items() if v.numel()}, stored, "the state dict read back"
+    )
+    return {"tensors": len(state), "largest_difference": worst}
+
+
+def _torch_note(source: Source, about: Mapping[str, Any]) -> str:
+    model = source.artifact.model
+    lines = [f"# {source.artifact.meta.get('title', 'A distilled model')}", ""]
+    lines += [f"Weights of a plain `{about['class']}`.", "", "```python"]
+    lines += ["from safetensors.torch import load_file"]
+    if model.get("id"):
+        lines += [
+            "from stillhouse.models.loading import load_model",
+            "",
+            f"model = load_model({model['id']!r}, options={model.get('options', {})!r},",
+            f"                   about={_shape_facts(source)!r})",
+        ]
+    else:
+        lines += ["", f"model = ...  # build your {type(source.module).__name__} here"]
+    lines += ['model.load_state_dict(load_file("model.safetensors"))', "model.eval()", "```"]
+    if about["mean"] is not None:
+        lines += [
+            "",
+            f"Inputs are normalised before the call: `(x - mean) / std` per channel with mean "
+            f"{about['mean']} and std {about['std']}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _shape_facts(source: Source) -> dict[str, Any]:
+    """What of the data decides a model's shape."""
+    about = source.artifact.meta.get("about", {})
+    return {k: about[k] for k in ("classes", "input", "scale", "channels") if k in about}
+
+
+def to_hugging_face(source: Source, folder: Path) -> dict[str, Any]:
+    """What `from_pretrained` opens: configuration, weights, and the tokenizer where known."""
+    if not is_hugging_face(source.module):
+        raise ModelError(
+            f"--to hf needs a Hugging Face model, and this is {source.name}; "
+            "--to onnx and --to torch take any model"
+        )
+    _needed("transformers", "language")
+    module: Any = source.module
+    classes = _classes(source)
+    if classes and getattr(module.config, "num_labels", None) == len(classes):
+        module.config.id2label = dict(enumerate(classes))
+        module.config.label2id = {name: index for index, name in enumerate(classes)}
+    module.save_pretrained(folder)
+    tokenizer = _tokenizer(source)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    again = type(module).from_pretrained(folder).eval()
+    view = source.view if isinstance(source.view, Mapping) else _as_keywords(module, source.view)
+    worst = compared(_hf_answers(module, view), _hf_answers(again, view), "the folder read back")
+    return {
+        "class": type(module).__name__,
+        "tokenizer": type(tokenizer).__name__ if tokenizer is not None else "none was known",
+        "largest_difference": worst,
+    }
+
+
+def _as_keywords(module: Any, view: Tensor) -> dict[str, Tensor]:
+    return {str(module.main_input_name): view}
+
+
+def _hf_answers(module: nn.Module, view: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        out = module(**view)
+    return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+
+def _tokenizer(source: Source) -> Any:
+    """The tokenizer of the model: its reader's, or that of the place it came from."""
+    for holder in (source.module, source.artifact.predictor):
+        found = getattr(getattr(holder, "reader", None), "tokenizer", None)
+        if found is not None:
+            return found
+    name = str(source.artifact.model.get("id", "")).removeprefix("hf:")
+    if not name:
+        return None
+    import transformers
+
+    from stillhouse.models.loading import find_folder
+
+    place = Path(name) if Path(name).is_dir() else find_folder(name)
+    if place is None:
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(place))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def to_timm(source: Source, folder: Path) -> dict[str, Any]:
+    """What `timm.create_model("local-dir:FOLDER", pretrained=True)` opens."""
+    module: Any = source.module
+    configured = getattr(module, "pretrained_cfg", None)
+    if not type(module).__module__.startswith("timm.") or not configured:
+        raise ModelError(
+            f"--to timm needs a timm model, and this is {source.name}; "
+            "--to onnx and --to torch take any model"
+        )
+    timm = _needed("timm", "images")
+    shown: dict[str, Any] = {"num_classes": module.num_classes, "pretrained_cfg": {}}
+    for key, value in (("mean", source.net), ("std", source.net)):
+        found = _numbers(getattr(value, key, None))
+        if found is not None:
+            shown["pretrained_cfg"][key] = found
+    classes = _classes(source)
+    if classes:
+        shown["pretrained_cfg"]["label_names"] = classes
+    shown["pretrained_cfg"]["input_size"] = list(source.view.shape[1:])
+    options = dict(source.artifact.model.get("options", {}))
+    timm.models.save_for_hf(
+        module, str(folder), model_config=shown, model_args=options, safe_serialization=True
+    )
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    worst = compared(answers(module, source.view), answers(again, source.view), "the timm model")
+    return {"architecture": configured.get("architecture", ""), "largest_difference": worst}
+
+
+def to_sentence_transformers(source: Source, folder: Path) -> dict[str, Any]:
+    """What `SentenceTransformer(FOLDER)` opens: encoder, pooling, and scaling where it is set."""
+    module: Any = source.module
+    if not is_hugging_face(module) or module.base_model is not module:
+        raise ModelError(
+            "--to sentence-transformers needs a Hugging Face encoder without a head, and this is "
+            f"{source.name}"
+        )
+    _needed("sentence_transformers", "language")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import models as parts
+
+    tokenizer = _tokenizer(source)
+    if tokenizer is None:
+        raise ModelError(f"the tokenizer of {source.name} is not known, and sentences need one")
+    settings = source.artifact.predictor.settings if source.artifact.predictor else {}
+    pooling = str(settings.get("pooling", "mean"))
+    encoder = folder / "encoder"
+    module.save_pretrained(encoder)
+    tokenizer.save_pretrained(encoder)
+    built: list[nn.Module] = [parts.Transformer(str(encoder))]
+    built.append(parts.Pooling(int(module.config.hidden_size), pooling_mode=pooling))
+    if settings.get("normalise"):
+        built.append(parts.Normalize())
+    SentenceTransformer(modules=built, device="cpu").save(str(folder))
+    shutil.rmtree(encoder)
+    again = SentenceTransformer(str(folder), device="cpu")
+    theirs = again.encode(list(_WORDS), convert_to_tensor=True)
+    ours = _pooled(module, tokenizer, pooling, bool(settings.get("normalise")))
+    worst = compared({"embedding": ours}, {"embedding": theirs.cpu()}, "the sentence encoder")
+    return {"pooling": pooling, "largest_difference": worst}
+
+
+def _pooled(module: nn.Module, tokenizer: Any, pooling: str, normalise: bool) -> Tensor:
+    """Embeddings as they are defined: what the folder read back is compared with."""
+    given = tokenizer(list(_WORDS), padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = module(**given).last_hidden_state
+    mask = given["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    if pooling == "cls":
+        made = hidden[:, 0]
+    elif pooling == "mean":
+        made = (hidden * mask).sum(1) / mask.sum(1)
+    else:
+        raise ModelError(f"the pooling '{pooling}' is not one of mean and cls")
+    return torch.nn.functional.normalize(made, dim=-1) if normalise else made
+
+
+FORMS: dict[str, Callable[[Source, Path], dict[str, Any]]] = {
+    "onnx": to_onnx,
+    "torch": to_torch,
+    "hf": to_hugging_face,
+    "timm": to_timm,
+    "sentence-transformers": to_sentence_transformers,
+}
+
+
+def _classes(source: Source) -> list[str]:
+    settings = source.artifact.predictor.settings if source.artifact.predictor else {}
+    return [str(name) for name in settings.get("classes", ())]
+
+
+def _numbers(value: Tensor | None) -> list[float] | None:
+    return None if value is None else [float(v) for v in value.flatten()]
+
+
+def _map(view: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(view, Mapping):
+        return {name: change(value) for name, value in view.items()}
+    return change(view)
+
+
+def _needed(package: str, extra: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(package, extra, "to export") from error

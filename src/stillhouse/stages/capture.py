@@ -1,0 +1,275 @@
+"""Asking a teacher once and keeping what it says: capture into a store.
+
+The teacher's forward pass is most of a step, so a store is the largest saving there is. The
+capture is a stage: a killed one goes on, records that are there are never asked again, and
+the same store serves every later run, seed and side of a comparison that depends on the same
+teacher, data and form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.batch import Batch, Source, read_rows
+from stillhouse.clock import Views
+from stillhouse.engine.job import Job
+from stillhouse.engine.records import Field
+from stillhouse.engine.store import Store
+from stillhouse.errors import TeacherError
+from stillhouse.teacher import Frozen, Knowledge, Teacher, Want
+from stillhouse.teachers.live import ACCESS
+from stillhouse.teachers.stored import Stored, augments
+
+
+def captured(job: Job, teacher: Teacher, spec: Any, split: str = "train") -> Captured:
+    """A teacher whose answers are kept on disk before the training that wants them.
+
+    Args:
+        job: of the run.
+        teacher: asked once per record.
+        spec: the recipe's `teacher.store`: path, form, k, temperature, dtype, draws, batch.
+        split: whose samples are asked about.
+    """
+    return Captured(job, teacher, spec, split)
+
+
+class Captured:
+    """A teacher that becomes a store when it learns, in `bind`, what is wanted of it.
+
+    Args:
+        job: of the run; the capture is a stage of it.
+        teacher: asked where the store has gaps.
+        spec: see `captured`.
+        split: whose samples are asked about.
+
+    Attributes:
+        provides: what the teacher provides, without access to the module.
+        stored: the finished store as a teacher; None before `bind`.
+    """
+
+    def __init__(self, job: Job, teacher: Teacher, spec: Any, split: str = "train") -> None:
+        self.job, self.teacher, self.spec, self.split = job, teacher, spec, split
+        self.provides = frozenset(teacher.provides) - ACCESS
+        self.stored: Stored | None = None
+        self.name = str(getattr(teacher, "name", type(teacher).__name__))
+        self._binds = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the teacher and of the form in which its answers are kept."""
+        form = {k: v for k, v in vars(self.spec).items() if k not in {"path", "batch"}}
+        text = json.dumps([self.teacher.fingerprint, form], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def bind(self, wants: Sequence[Want], task: Any) -> None:
+        """Capture what is wanted and not kept yet, then read from there.
+
+        Raises:
+            TeacherError: the method needs the module itself; the data are augmented anew in
+                every epoch; or the store at the given path was made of something else.
+            CheckpointError: the disk has no room.
+        """
+        for want in wants:
+            if want.field in ACCESS:
+                raise TeacherError(
+                    f"the method needs '{want.field}' of the teacher itself, which a store cannot "
+                    "give: leave out teacher.store"
+                )
+        source = self.job.splits[self.split]
+        if not self.spec.draws and augments(source):
+            raise TeacherError(
+                f"the split '{self.split}' of '{self.job.splits.edition}' is augmented anew in "
+                "every epoch, which no store can hold: read a finite number of augmentations "
+                "(teacher: {store: {draws: 4}}), or switch them off in data.options"
+            )
+        self.teacher.bind(wants, task)
+        asked = [w for w in wants if w.field not in ACCESS]
+        self._binds += 1
+        store = self._store(source, asked)
+        try:
+            # Asked together: no process may write before all have opened what is there.
+            if self.job.hardware.any(not store.complete):
+                self._capture(store, source)
+        finally:
+            store.close()
+        self.job.hardware.barrier()
+        self.stored = Stored(store.path)
+        self.stored.bind(wants, task)
+
+    # -- the store ---------------------------------------------------------------------------
+
+    def _store(self, source: Source, wants: Sequence[Want]) -> Store:
+        fields = self._fields(source, wants)
+        hardware, spec = self.job.hardware, self.spec
+        paths = getattr(getattr(self.teacher, "net", None), "taps", {})
+        taps = {f.name: paths[f.name[4:]] for f in fields if f.name[4:] in paths}
+        identity: dict[str, Any] = {
+            "teacher": _hash([self.teacher.fingerprint, taps]),
+            "data": source.fingerprint,
+            "preprocessing": getattr(self.teacher, "preprocessing", ""),
+            "draws": spec.draws or 0,
+            "views": self.job.views().seed if spec.draws else 0,
+        }
+        path = self._path(identity, fields)
+
+        def opened() -> Store:
+            return Store.create(
+                path,
+                fields,
+                ids_of(source),
+                edition=self.job.splits.edition,
+                teacher_name=self.name,
+                extra={"split": self.split, "taps": taps},
+                writer=str(hardware.rank),
+                wait=spec.path is None,
+                **identity,
+            )
+
+        # One process makes the files, the others open them.
+        first = opened() if hardware.is_main else None
+        hardware.barrier()
+        return first or opened()
+
+    def _path(self, identity: dict[str, Any], fields: Sequence[Field]) -> Path:
+        if self.spec.path is not None:
+            return Path(self.spec.path).expanduser()
+        key = _hash([identity, [vars(f) for f in fields]])
+        return self.job.cache / "stores" / f"{self.name.lower()}-{key[:20]}"
+
+    def _fields(self, source: Source, wants: Sequence[Want]) -> list[Field]:
+        """Shapes are those of the teacher's answer about one row."""
+        answer = self._ask(source, torch.arange(1), 0)
+        fields: list[Field] = []
+        for want in wants:
+            if want.key not in answer:
+                continue
+            shape = tuple(answer.tensor(want.key).shape[1:])
+            # Only logits are a distribution over classes.
+            form = self.spec.form if want.field == "logits" else "dense"
+            fields.append(
+                Field(
+                    want.key,
+                    shape,
+                    form=form,
+                    dtype=self.spec.dtype,
+                    k=self.spec.k if form != "dense" else 1,
+                    temperature=self.spec.temperature if form != "dense" else 1.0,
+                    seed=self.job.seed if form == "sample" else 0,
+                )
+            )
+        if not fields:
+            raise TeacherError("nothing is wanted of the teacher that a store could keep")
+        return fields
+
+    # -- asking ------------------------------------------------------------------------------
+
+    def _capture(self, store: Store, source: Source) -> None:
+        name = "capture" if self._binds == 1 else f"capture-{self._binds}"
+        began, before = time.monotonic(), store.finished
+        todo = len(store) - before
+        progress = self.job.log.progress
+        if progress is not None:
+            progress.begin(name, len(store), before)
+
+        def ask(item: tuple[Tensor, int]) -> dict[str, Tensor]:
+            answer = self._ask(source, *item)
+            now = time.monotonic()
+            if progress is not None and progress.due(now):
+                progress.update(store.finished, len(store), {}, now)
+            return {name: answer.tensor(name) for name in store.fields}
+
+        self.job.map(name, self._items(store, source), ask, into=store)
+        if progress is not None:
+            progress.end()
+        seconds = time.monotonic() - began
+        self.job.log.write(
+            "capture",
+            store=str(store.path),
+            records=todo,
+            bytes_per_record=round(store.nbytes / len(store), 2),
+            seconds=round(seconds, 3),
+        )
+
+    def _items(
+        self, store: Store, source: Source
+    ) -> Iterator[tuple[tuple[Tensor, int], tuple[Tensor, int]]]:
+        """Blocks of fixed rows, so that a resumed capture asks in the same company."""
+        size = self.spec.batch
+        rank, world = self.job.hardware.rank, self.job.hardware.world
+        ids = store.ids
+        blocks = list(enumerate(torch.split(torch.arange(len(source)), size)))
+        for draw in range(max(1, self.spec.draws or 0)):
+            for number, rows in blocks:
+                if number % world == rank:
+                    yield (ids[rows], draw), (rows, draw)
+
+    def _ask(self, source: Source, rows: Tensor, draw: int) -> Knowledge:
+        draws = self.spec.draws
+        views = Views(self.job.views().seed, draw, draws) if draws else None
+        batch: Batch = read_rows(source, rows, views, self.job.task.collate)
+        mover = getattr(self.teacher, "to", None)
+        if mover is not None:
+            mover(self.job.device)
+        # Nothing is differentiated here, so the cheaper mode is safe.
+        with torch.inference_mode():
+            return self.teacher.knowledge(batch.to(self.job.device))
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _read(self) -> Stored:
+        if self.stored is None:
+            raise TeacherError("the capture has not been made: bind comes before knowledge")
+        return self.stored
+
+    def reads(self, order: Any, views: int) -> None:
+        """Check how the run will read; see `Stored.reads`."""
+        self._read().reads(order, views)
+
+    def knowledge(self, batch: Batch) -> Knowledge:
+        """The batch's records; see `Stored.knowledge`."""
+        return self._read().knowledge(batch)
+
+    def guest(self) -> Frozen:
+        """Always refused: the method would be given another teacher than the store's.
+
+        Raises:
+            TeacherError: always.
+        """
+        raise TeacherError("a stored teacher is no module: leave out teacher.store")
+
+    def to(self, device: torch.device | str) -> Captured:
+        """Nothing is to be moved: the teacher is done when training begins."""
+        return self
+
+
+def ids_of(source: Source) -> Tensor:
+    """(N,) content ids of a source, in the order of its positions.
+
+    Args:
+        source: with `ids`; a subset of one; with `id_of`; else positions are ids.
+    """
+    ids = getattr(source, "ids", None)
+    if isinstance(ids, Tensor) and len(ids) == len(source):
+        return ids.long()
+    rows, inner = getattr(source, "rows", None), getattr(source, "source", None)
+    if isinstance(rows, Tensor) and inner is not None and len(rows) == len(source):
+        return ids_of(inner)[rows]
+    find = getattr(source, "id_of", None)
+    if find is None:
+        return torch.arange(len(source))
+    return torch.tensor([int(find(i)) for i in range(len(source))])
+
+
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+__all__ = ["Captured", "captured", "ids_of"]

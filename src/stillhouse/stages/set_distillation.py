@@ -1,0 +1,310 @@
+"""What all entries that yield a distilled data set share: settings, artifact, judge, report."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from stillhouse._version import __version__
+from stillhouse.artifact import Artifact
+from stillhouse.engine.job import Job
+from stillhouse.errors import RecipeError
+from stillhouse.method import Method, MethodConfig
+from stillhouse.parts.augment import DSA, FULL
+from stillhouse.parts.distilled_set import DistilledSet
+from stillhouse.stages.fresh_nets import GIVEN, fresh_net
+from stillhouse.stages.initial_set import (
+    Init,
+    RealImages,
+    class_names,
+    initial_images,
+    preprocessing_of,
+    set_of,
+)
+from stillhouse.stages.judge_distilled_set import Judging, Protocol, accuracies, judge_distilled_set
+from stillhouse.stages.tune import best_of
+
+_PROTOCOL = "released evaluate_synset of Dataset Condensation and trajectory matching"
+
+
+class SetConfig(MethodConfig):
+    """Settings that belong to the problem: a side of another entry takes them over."""
+
+    shared: ClassVar[frozenset[str]] = frozenset(
+        {
+            "ipc", "space", "mean", "std", "augment", "judge_epochs", "judge_batch", "judge_lr",
+            "judge_nets", "full_epochs", "full_batch", "cross", "cross_nets",
+        }
+    )  # fmt: skip
+
+    ipc: int = Field(
+        10,
+        ge=1,
+        description="images per class",
+        json_schema_extra={"source": "papers: 1, 10, 50"},
+    )
+    space: Literal["mean_std", "zca", "none"] = Field(
+        "mean_std",
+        description="network-input space, in which the synthetic images live",
+        json_schema_extra={"source": "mean_std in DM and DataDAM; zca in trajectory matching"},
+    )
+    mean: list[float] | None = Field(
+        None, description="per channel, for mean_std; none: that of the data"
+    )
+    std: list[float] | None = Field(
+        None, description="per channel, for mean_std; none: that of the data"
+    )
+    augment: str = Field(
+        FULL,
+        description="families of the differentiable augmentation, in matching and in judging, or "
+        "none; without flip for digits: color_crop_cutout_scale_rotate",
+        json_schema_extra={"source": "released code of DSA"},
+    )
+    judge_epochs: int = Field(
+        1000,
+        ge=0,
+        description="E of the judge's trainings (E + 1 epochs are run)",
+        json_schema_extra={"source": _PROTOCOL + ": 1000 with augmentation"},
+    )
+    judge_batch: int = Field(
+        256, ge=1, description="its batch", json_schema_extra={"source": _PROTOCOL}
+    )
+    judge_lr: float = Field(
+        0.01, gt=0, description="its learning rate", json_schema_extra={"source": _PROTOCOL}
+    )
+    judge_nets: int = Field(
+        5,
+        ge=1,
+        description="fresh networks that a set is judged on",
+        json_schema_extra={"source": _PROTOCOL + ": at least 5"},
+    )
+    plain_nets: int = Field(
+        0,
+        ge=0,
+        description="networks per set trained without augmentation, for the augmentation-robust "
+        "score; 0: not measured",
+        json_schema_extra={"source": "DD-Ranking"},
+    )
+    against: list[Literal["random-real", "k-means", "full"]] = Field(
+        ["random-real", "k-means", "full"],
+        description="what the judge sets beside the distilled images",
+        json_schema_extra={"source": "DC-BENCH, DD-Ranking"},
+    )
+    full_epochs: int = Field(
+        50, ge=1, description="epochs of the training on the full data, which is shared"
+    )
+    full_batch: int = Field(64, ge=1, description="its batch")
+    cross: list[str] = Field(
+        default_factory=list,
+        description="ids of further architectures that are trained on the set, by model id",
+    )
+    cross_nets: int = Field(1, ge=1, description="networks of each")
+    hold_mb: int = Field(
+        1024,
+        ge=0,
+        description="real images are preprocessed once and kept on the device up to this size",
+    )
+
+    @field_validator("augment")
+    @classmethod
+    def _known_families(cls, value: str) -> str:
+        try:
+            DSA(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    def protocol(self) -> Protocol:
+        """How the judge trains on a small set."""
+        return Protocol(
+            epochs=self.judge_epochs,
+            batch=self.judge_batch,
+            lr=self.judge_lr,
+            augment=self.augment,
+        )
+
+    def full_protocol(self) -> Protocol:
+        """How the judge trains on the full data."""
+        return Protocol(
+            epochs=self.full_epochs,
+            batch=self.full_batch,
+            lr=self.judge_lr,
+            augment=self.augment,
+        )
+
+
+class SetDistillation(Method):
+    """Base of methods and baselines that yield a distilled set: they write only `run`.
+
+    Attributes:
+        compares: its judge measures what `against` names; a baseline is itself compared.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = SetConfig
+    compares: ClassVar[bool] = True
+
+    def real_images(self, job: Job) -> RealImages:
+        """The training split by class, in network-input space."""
+        config = self.config
+        space = preprocessing_of(job, config.space, config.mean, config.std)
+        return RealImages(
+            job.splits["train"],
+            len(class_names(job)),
+            space,
+            device=job.device,
+            hold_bytes=config.hold_mb << 20,
+        )
+
+    def initial_set(self, job: Job, real: RealImages, init: Init) -> DistilledSet:
+        """The set before distillation, as a stage; equal for all entries under one seed."""
+        ipc = self.config.ipc
+        # One stream for all entries, so that a method, its baselines and the judge's random
+        # images begin with the same pictures.
+        images = job.once(
+            "initial images",
+            lambda: initial_images(real, ipc, init, job.rng("initial images")).cpu(),
+        )
+        return set_of(images, ipc, class_names(job), real.preprocessing)
+
+    def scanned_rate(
+        self,
+        job: Job,
+        rates: list[float],
+        distil: Callable[[Job, float], DistilledSet],
+        nets: int,
+    ) -> tuple[float, list[dict[str, float]]]:
+        """The pixel learning rate with the best validation accuracy, and the table.
+
+        Args:
+            job: of the run.
+            rates: tried; one alone is taken as it is.
+            distil: a whole distillation with a rate, as stages of the job it is given.
+            nets: fresh networks per point, trained by the judge's protocol.
+        """
+        if len(rates) == 1:
+            return rates[0], []
+
+        def measure(child: Job, rate: float) -> float:
+            made = distil(child, rate)
+            fresh = lambda number: fresh_net(job, number)  # noqa: E731
+            found = accuracies(
+                child, "scan", made, self.config.protocol(), fresh, nets=nets, split="val"
+            )
+            return sum(found) / len(found)
+
+        return best_of(job, "scan", rates, measure)
+
+    def artifact_of(self, job: Job, distilled: DistilledSet, **provenance: Any) -> Artifact:
+        """A data-set artifact that `distilled_of` reads back."""
+        about = {
+            "method": self.card.id,
+            "settings": self.config.model_dump(mode="json"),
+            "seed": job.seed,
+            "data": job.splits.edition,
+            "data_fingerprint": job.splits["train"].fingerprint,
+            **provenance,
+        }
+        distilled = distilled.replace(provenance={**distilled.provenance, **about})
+        return Artifact(
+            "dataset",
+            tensors=distilled.tensors(),
+            sheet=distilled.picture_sheet(),
+            meta={"distilled": distilled.description()},
+        )
+
+    def judging(self, job: Job) -> Judging:
+        """What the judge measures under the present settings."""
+        config = self.config
+        cross = {
+            model.rpartition(":")[2].replace("/", "-"): _maker(job, model) for model in config.cross
+        }
+        return Judging(
+            protocol=config.protocol(),
+            nets=config.judge_nets,
+            plain_nets=config.plain_nets if self.compares else 0,
+            against=tuple(config.against) if self.compares else (),
+            full=config.full_protocol(),
+            cross=cross,
+            cross_nets=config.cross_nets,
+        )
+
+    def judge(self, job: Job, artifact: Artifact) -> dict[str, float]:
+        """Fresh networks trained on the set alone, and what it is compared with."""
+        return judge_distilled_set(
+            job,
+            distilled_of(artifact),
+            lambda number: fresh_net(job, number),
+            self.judging(job),
+            share=self.share(job),
+        )
+
+    def share(self, job: Job) -> dict[str, Any] | None:
+        """What a network trained on the full data depends on besides data, seed and protocol.
+
+        None for a network that was handed in as an object, which has no name.
+        """
+        student = job.recipe.student
+        if student is None or student.model == GIVEN:
+            return None
+        return {"student": student.model_dump(mode="json"), "version": __version__}
+
+    def details(self, job: Job, artifact: Artifact) -> dict[str, Any]:
+        """The picture sheet and how it was judged."""
+        distilled = distilled_of(artifact)
+        found: dict[str, Any] = {
+            "images": [
+                {
+                    "title": f"The distilled set, {max(distilled.counts)} per class",
+                    "png_base64": base64.b64encode(distilled.picture_sheet()).decode(),
+                }
+            ],
+            "texts": [self._told(job, distilled)],
+        }
+        scan = distilled.provenance.get("scan")
+        if scan:
+            rows = [[f"{r['point']:g}", f"{r['measure']:.4f}"] for r in scan]
+            found["tables"] = [
+                {
+                    "title": "Pixel learning rate, on validation data",
+                    "columns": ["rate", "accuracy"],
+                    "rows": rows,
+                }
+            ]
+        return found
+
+    def _told(self, job: Job, distilled: DistilledSet) -> dict[str, str]:
+        protocol = self.config.protocol()
+        stored = distilled.storage
+        augmented = "no augmentation" if protocol.augment == "none" else protocol.augment
+        return {
+            "title": "How the set was judged",
+            "text": (
+                f"{self.config.judge_nets} fresh networks, each trained on the set alone for "
+                f"{protocol.epochs + 1} epochs (SGD, learning rate {protocol.lr:g}, momentum "
+                f"{protocol.momentum:g}, weight decay {protocol.weight_decay:g}, batch "
+                f"{protocol.batch}, a tenth of the rate after epoch {protocol.epochs // 2 + 1}, "
+                f"{augmented}); the accuracy is that of the last epoch on "
+                f"{job.splits.peek('test')} test images, mean and population deviation over the "
+                f"networks. Stored: {len(distilled)} images, {stored['pixels']} bytes of pixels, "
+                f"{stored['labels']} bytes of labels."
+            ),
+        }
+
+
+def _maker(job: Job, model: str) -> Callable[[int], Any]:
+    return lambda number: fresh_net(job, number, model)
+
+
+def distilled_of(artifact: Artifact) -> DistilledSet:
+    """The distilled set of a data-set artifact.
+
+    Raises:
+        RecipeError: the artifact holds none.
+    """
+    description: Mapping[str, Any] | None = artifact.meta.get("distilled")
+    if description is None:
+        raise RecipeError(f"an artifact of kind '{artifact.kind}' holds no distilled set")
+    return DistilledSet.restore(artifact.tensors, description)
