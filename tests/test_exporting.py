@@ -56,7 +56,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the configuration and tokenizer of a very small BERT."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"some words of a few to see".split()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "some", "words", "a", "few"]
     (folder / "vocab.txt").write_text("\n".join(words))
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -93,6 +93,7 @@ def test_onnx_of_a_model_with_a_fixed_size_has_a_free_batch_only(tmp_path: Path)
     assert told["files"] == ["model.onnx"]
 
 
+@pytest.mark.slow
 def test_onnx_of_a_hugging_face_model_takes_its_keywords(tmp_path: Path, tiny_bert: Path) -> None:
     net = saved(tmp_path / "a", f"hf:{tiny_bert}", about={"classes": CLASSES})
     told = export_artifact(tmp_path / "a", "onnx")
@@ -194,7 +195,7 @@ def test_unknown_form_names_the_nearest(tmp_path: Path) -> None:
 def test_an_artifact_without_a_model_is_refused_and_its_attachment_named(tmp_path: Path) -> None:
     labels = Artifact("labels", records=[{"text": "a"}])
     labels.save(tmp_path / "a")
-    with pytest.raises(RecipeError, match="'labels' holds no model to export$"):
+    with pytest.raises(RecipeError, match=r"'labels' holds no model to export$"):
         export_artifact(tmp_path / "a", "torch")
     saved(tmp_path / "b" / "attachments" / "compressor", "stillhouse:mlp", options={"widths": [4]})
     about = {"schema": 1, "kind": "labels", "meta": {}, "attachments": ["compressor"]}
@@ -211,9 +212,8 @@ def test_an_unknown_input_asks_for_a_shape(tmp_path: Path) -> None:
     described["model"]["options"] = {"channels": 3}
     (tmp_path / "a" / "artifact.json").write_text(json.dumps(described))
     with pytest.raises(ModelError, match="--shape 3,32,32"):
-        export_artifact(tmp_path / "a", "onnx")
-    told = export_artifact(tmp_path / "a", "onnx", shape=[3, 16, 16])
-    assert told["largest_difference"] < 1e-5
+        export_artifact(tmp_path / "a", "torch")
+    assert export_artifact(tmp_path / "a", "torch", shape=[3, 16, 16])["tensors"] > 0
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,10 +236,13 @@ def test_different_answers_are_refused() -> None:
         compared(ours, {}, "it")
 
 
-def test_channels_and_features_are_never_free() -> None:
-    assert free_axes(torch.rand(2, 3, 4, 5)) == {0: "batch", 2: "height", 3: "width"}
-    assert free_axes(torch.rand(2, 7)) == {0: "batch"}
-    assert free_axes(torch.ones(2, 7, dtype=torch.int64)) == {0: "batch", 1: "length"}
+def test_axes_are_free_where_the_network_takes_any_size() -> None:
+    image = torch.rand(2, 3, 4, 4)
+    assert free_axes(nn.Conv2d(3, 2, 1), image) == ["batch", "height", "width"]
+    assert free_axes(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), image) == ["batch"]
+    assert free_axes(nn.Linear(7, 2), torch.rand(2, 7)) == ["batch"]
+    words = torch.ones(2, 7, dtype=torch.int64)
+    assert free_axes(nn.Embedding(5, 2), words) == ["batch", "length"]
 
 
 def test_predictors_of_other_kinds_export_too(tmp_path: Path) -> None:

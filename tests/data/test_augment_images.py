@@ -6,6 +6,7 @@ import torch
 from stillhouse.batch import Batch, TensorSource
 from stillhouse.clock import Views
 from stillhouse.data.augment_images import AugmentImages, flipped, shifted
+from stillhouse.data.image_arrays import ImageSource
 from stillhouse.errors import DataError
 
 VIEWS = Views(7, epoch=2)
@@ -124,6 +125,37 @@ def test_sources_read_augmented_only_with_a_chance():
     rows = torch.arange(16)
     assert torch.equal(source.read(rows, None)["x"], source.views["x"])
     assert not torch.equal(source.read(rows, VIEWS)["x"], source.views["x"])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_every_type_is_mirrored_alike(dtype):
+    image = (torch.rand(5, 3, 4, 6) * 255).to(dtype)
+    mirrored = torch.tensor([True, False, True, True, False])
+    expected = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
+    assert torch.equal(flipped(image, mirrored), expected)
+
+
+def test_bytes_and_floats_are_augmented_alike():
+    pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    augment = AugmentImages(padding=2)
+    views = {"x": pixels, "target": torch.arange(16), "name": [str(i) for i in range(16)]}
+    fast, plain = ImageSource(views, augment=augment), TensorSource(views, augment=augment)
+    rows = torch.tensor([3, 3, 15, 0])
+    for chance in (None, VIEWS):
+        got, expected = fast.read(rows, chance), plain.read(rows, chance)
+        assert got.keys() == expected.keys()
+        assert torch.equal(got["x"], expected["x"])
+        assert torch.equal(got["target"], expected["target"])
+        assert got["name"] == expected["name"]
+    for seed in (None, 4):
+        samples = []
+        for source in (fast, plain):
+            rng = None if seed is None else torch.Generator().manual_seed(seed)
+            samples.append(source[2, rng])
+        assert torch.equal(samples[0]["x"], samples[1]["x"])
+        assert samples[0]["name"] == samples[1]["name"]
+    assert fast.fingerprint == plain.fingerprint
+    assert torch.equal(fast.views["x"], pixels)
 
 
 def test_what_is_no_image_is_refused():

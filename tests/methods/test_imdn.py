@@ -262,7 +262,7 @@ def _start(folder: Path, told: Path) -> subprocess.Popen[bytes]:
 
 def test_killed_and_started_again_it_ends_the_same(tmp_path: Path) -> None:
     told = recipe(
-        budget={"steps": 60},
+        budget={"steps": 25},
         output={"checkpoint_minutes": 0.0},
         hardware={"threads": 1},
     )

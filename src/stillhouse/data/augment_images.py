@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,4 +124,11 @@ def flipped(image: Tensor, mirrored: Tensor) -> Tensor:
         mirrored: (B,) bool.
     """
     rows = mirrored.nonzero().squeeze(1).to(image.device)
-    return image.index_copy(0, rows, image.index_select(0, rows).flip(-1))
+    return image.index_copy(0, rows, _mirror(image.index_select(0, rows)))
+
+
+def _mirror(image: Tensor) -> Tensor:
+    # On the CPU torch's flip of bytes takes three times as long as NumPy's copy.
+    if image.device.type == "cpu" and image.dtype in {torch.uint8, torch.float32}:
+        return torch.from_numpy(np.ascontiguousarray(image.numpy()[..., ::-1]))
+    return image.flip(-1)

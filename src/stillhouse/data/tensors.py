@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stillhouse.batch import Source, Splits, TensorSource
+from stillhouse.batch import Source, Splits
 from stillhouse.data.cached import content_hash
 from stillhouse.data.check import check_finite, check_labels
 from stillhouse.data.data_set import DataSet
-from stillhouse.data.image_arrays import array_of, augment_of, moments, open_npz
+from stillhouse.data.image_arrays import ImageSource, array_of, augment_of, moments, open_npz
 from stillhouse.data.options import Augment, OwnOptions
 from stillhouse.data.roots import locate
 from stillhouse.data.splitting import choose, hold_out
@@ -88,7 +88,7 @@ class Tensors(DataSet[TensorOptions]):
             augment = None
             if role == "train" and views["x"].ndim == 4:
                 augment = augment_of(options.augment, views["x"].shape[-1])
-            sources[role] = TensorSource(
+            sources[role] = ImageSource(
                 views, augment=augment, ids=chosen.ids, name=f"{path.name}/{role}"
             )
         first = parts["train"]["x"]
