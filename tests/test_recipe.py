@@ -222,7 +222,7 @@ def test_every_mistake_is_told_with_its_line_what_is_right_and_the_nearest_name(
 @pytest.mark.parametrize(
     ("change", "place", "nearest"),
     [
-        ({"method": "dk"}, "method: unknown method 'dk'", "'kd'"),
+        ({"method": "supervized"}, "method: unknown method 'supervized'", "'supervised'"),
         ({"task": "clasification"}, "task: unknown task 'clasification'", "'classification'"),
         ({"data": "digit"}, "data.name: unknown data set 'digit'", "'digits'"),
         ({"compare": ["supervized"]}, "compare.0: unknown entry 'supervized'", "'supervised'"),
@@ -328,7 +328,7 @@ def test_files_and_ids_that_do_not_exist(tmp_path: Path) -> None:
     write(tmp_path, "method: kd\n")
     assert "did you mean 'mine.yaml'" in refused(tmp_path / "mein.yaml")
     assert "is a folder" in refused(tmp_path)
-    assert "did you mean 'kd'" in refused("dk")
+    assert "did you mean 'supervised'" in refused("supervized")
 
 
 def test_missing_fields_say_what_they_are() -> None:

@@ -13,6 +13,8 @@ A model that is there already is left as it is.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -83,13 +85,19 @@ def write_smollm(package: Path, target: Path) -> None:
 
     (file,) = package.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
+    # A model that knows it was quantised cannot be saved; an equal one that does not can.
+    config = opened.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(opened.state_dict())
     tokenizer.save_pretrained(target)
-    model.save_pretrained(target, safe_serialization=True)
+    model.save_pretrained(target)
 
 
 def write_mobilenet(package: Path, target: Path) -> None:
-    """torchvision's own weights, under torchvision's own keys."""
+    """Torchvision's own weights, under torchvision's own keys."""
     (file,) = package.rglob("mobilenet_v2-*.pth")
     model = load_model("torchvision:mobilenet_v2")
     load_weights(model, read_weights(file), "torchvision:mobilenet_v2", file.name)
@@ -255,6 +263,7 @@ def make(model: Model, root: Path, *, force: bool = False) -> str:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         sys.path.insert(0, scratch)
+        importlib.invalidate_caches()
         try:
             model.write(package, aside)
         finally:
@@ -307,6 +316,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what could be made, and stop")
     asked = parser.parse_args(arguments)
     root = cache_folder("models")
+    if importlib.util.find_spec("transformers") is not None:
+        importlib.import_module("transformers").logging.disable_progress_bar()
     chosen = [m for m in MODELS if asked.only.lower() in m.hub_id.lower()]
     if not chosen:
         parser.error(

@@ -125,6 +125,18 @@ def load(name: str) -> type[Method]:
     return found
 
 
+def shared_settings(name: str, other: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of one entry that another entry takes over when the two are compared.
+
+    Args:
+        name: of the entry the settings belong to.
+        other: of the entry it is compared with.
+        settings: as its recipe gives them.
+    """
+    both = load(name).Config.shared & load(other).Config.shared
+    return {key: value for key, value in settings.items() if key in both}
+
+
 def extra_of(package: str) -> str | None:
     """The extra of this package that brings an importable `package`, if any does."""
     for extra, names in extras().items():

@@ -52,7 +52,13 @@ class MissingExtra(StillhouseError):
 
 
 class Interrupted(StillhouseError):
-    """The run was asked to stop (SIGINT or SIGTERM); its state has been saved."""
+    """The run was asked to stop (SIGINT or SIGTERM); its state has been saved.
+
+    Attributes:
+        signal: the number of the signal that asked.
+    """
+
+    signal: int = 2
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -370,7 +370,9 @@ def side_recipe(recipe: Recipe, side: str, seed: int) -> Recipe:
     name, _, variant = side.partition("/")
     entry = catalogue.find(name)
     own = name == recipe.method
-    settings = dict(recipe.settings) if own else {}
+    settings = dict(recipe.settings)
+    if not own:
+        settings = catalogue.shared_settings(recipe.method, name, settings)
     budget = recipe.budget
     if variant:
         if variant not in entry.variants:
@@ -683,11 +685,16 @@ def _sizes(job: Job, artifact: Artifact) -> dict[str, Any]:
 
     if artifact.predictor is None:
         return {}
-    view = job.task.example_view()
-    if view is None:
+    if job.task.example_view() is None:
         return {}
     nets = {"student": artifact.module, "teacher": getattr(job.models, "teacher_net", None)}
-    return measure({role: (net, view) for role, net in nets.items() if net is not None})
+    return measure(
+        {
+            role: (net, job.task.example_view(getattr(net, "view", "x")))
+            for role, net in nets.items()
+            if net is not None
+        }
+    )
 
 
 def _details(job: Job, method: Method, artifact: Artifact) -> dict[str, Any]:

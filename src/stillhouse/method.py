@@ -90,7 +90,14 @@ class Variant:
 
 
 class MethodConfig(BaseModel):
-    """Base of a method's settings; every field carries its help and its source."""
+    """Base of a method's settings; every field carries its help and its source.
+
+    Attributes:
+        shared: names of settings that belong to the problem rather than to the method. In a
+            comparison the other side takes them over, where it has them too.
+    """
+
+    shared: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 

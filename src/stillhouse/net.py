@@ -48,10 +48,15 @@ class Net(nn.Module):
         std: per channel, divided by.
         taps: alias to module path. `path` is a module's output, `path:input` its first
             input, `path@1` the output of its second call in one forward.
-            The alias "head:input" stands for the head's input unless it is mapped.
+            The alias "head:input" stands for the head's input unless it is mapped; mapped to
+            `path:input`, it says that the head is at `path`.
 
     Raises:
         ModelError: a path that does not exist; the nearest are named.
+
+    Attributes:
+        view: the name of the batch's view that the model reads: the module's own attribute
+            `reads`, "x" when it has none. So a teacher may read another view than the student.
 
     Inside a run the state dict's keys are `module.*`.
     """
@@ -72,6 +77,7 @@ class Net(nn.Module):
         super().__init__()
         self.module = module
         self.answer = answer
+        self.view = str(getattr(module, "reads", "x"))
         shape = (-1, 1, 1)
         self.register_buffer(
             "mean", None if mean is None else torch.tensor(mean).view(shape), persistent=False
@@ -91,7 +97,9 @@ class Net(nn.Module):
     def head(self) -> str:
         """The path of the last linear layer within `module`."""
         if self._head is None:
-            self._head = find_head(self.module)
+            mapped, _, side = self.taps.get("head:input", "").partition(":")
+            named = mapped.partition("@")[0] if side == "input" else ""
+            self._head = named or find_head(self.module)
         return self._head
 
     def head_layer(self) -> nn.Linear:

@@ -60,6 +60,10 @@ class Task:
         self.splits = splits
         self.about: dict[str, Any] = splits.about
 
+    def __deepcopy__(self, memo: Any) -> Task:
+        # An objective that is copied (averages, shards) holds its task, never a second one.
+        return self
+
     def collate(self, samples: list[Sample]) -> Batch:
         """Join samples of sources without a batched fast path."""
         return stack(samples)
@@ -87,8 +91,8 @@ class Task:
         """Figures of a model on a split; the default runs `metrics` over it."""
         return dict(job.evaluate(model, split))
 
-    def example_view(self) -> Any:
-        """One row of the data as a model reads it, for measuring size and speed; or None."""
+    def example_view(self, view: str = "x") -> Any:
+        """One row of a view as a model reads it, for measuring size and speed; or None."""
         return None
 
     def details(self, job: Any, artifact: Any, teacher: Net | None) -> dict[str, Any]:

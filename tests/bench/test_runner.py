@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 
 from stillhouse import catalogue
 from stillhouse.bench import results as recorded
+from stillhouse.bench import runner
 from stillhouse.bench.runner import run, side_names
 from stillhouse.errors import CheckpointError, RecipeError, TrainingError
 from stillhouse.method import Claim
@@ -28,6 +28,7 @@ class Other(Method):
 '''
 
 RECIPE = {"method": "bench-toy", "data": {"name": "package.module:data"}, "compare": []}
+DATA = [{"name": "toy", "edition": "toy (a copy)", "hash": "abc"}]
 SKILL = {"bench-toy": 0.9, "bench-other": 0.8, "bench-toy/plain": 0.7, "teacher": 0.95}
 
 
@@ -41,6 +42,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "_foreign", lambda: ["bench_toy_methods"])
     catalogue.scan.cache_clear()
     catalogue._tree.cache_clear()
+    monkeypatch.setattr(runner, "surroundings", lambda recipe: (DATA, {"torch": "2"}, "cpu"))
     monkeypatch.chdir(tmp_path)
     yield file
     catalogue.scan.cache_clear()
@@ -58,12 +60,6 @@ class Runs:
             raise KeyboardInterrupt
         self.calls.append((side, seed))
         folder.mkdir(parents=True, exist_ok=True)
-        run_json = {
-            "data": {"name": "toy", "edition": "toy (a copy)", "hash": "abc"},
-            "versions": {"torch": "2"},
-            "hardware": "cpu, 1 threads",
-        }
-        (folder / "run.json").write_text(json.dumps(run_json))
         wobble = 0.01 * ((seed * 7) % 3)
         return {"accuracy": SKILL[side] + wobble, "seconds": self.seconds, "peak_mb": 10.0}
 
@@ -83,9 +79,9 @@ def test_a_whole_bench(toy, tmp_path, capsys):
     assert beats["verdict"] == "supported"
     assert beats["difference"] == pytest.approx(0.1)
     assert matters["verdict"] == "not supported"
-    assert results.data == [{"name": "toy", "edition": "toy (a copy)", "hash": "abc"}]
+    assert results.data == DATA
     assert results.versions == {"torch": "2"}
-    assert results.hardware == "cpu, 1 threads"
+    assert results.hardware == "cpu"
     assert results.file_hash == recorded.file_hash(toy)
     assert recorded.read(tmp_path / "results" / "bench-toy.json") == results
     assert any("seed 2 · bench-other" in line for line in said)
@@ -217,3 +213,29 @@ def test_a_damaged_score_is_told(toy, tmp_path):
     score.write_text('{"stamp": ')
     with pytest.raises(CheckpointError, match=r"score\.json.*remove it"):
         run("bench-toy", seeds=1, recipe=RECIPE, run_side=Runs(), say=quiet)
+
+
+def test_a_real_bench_on_generated_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = catalogue.load("kd").example(0)
+    recipe["budget"]["validate_every"] = 2
+    found = run("kd", seeds=2, sides=["supervised", "kd/jsd", "teacher"], recipe=recipe, say=quiet)
+    assert {side: sorted(seeds) for side, seeds in found.sides.items()} == {
+        "kd": ["0", "1"], "supervised": ["0", "1"], "kd/jsd": ["0", "1"], "teacher": ["0", "1"],
+    }  # fmt: skip
+    for seeds in found.sides.values():
+        for figures in seeds.values():
+            assert 0 <= figures["accuracy"] <= 1
+            assert figures["seconds"] >= 0
+    assert "simulated" in found.data[0]["edition"]
+    assert found.versions["torch"]
+    assert "cpu" in found.hardware or "cuda" in found.hardware
+    beats_alone, beats_smoothing = found.claims
+    assert beats_alone["seeds"] == 2
+    assert "asks for 5" in beats_alone["reason"]
+    assert "'label-smoothing' was not run" in beats_smoothing["reason"]
+    again = run(
+        "kd", seeds=2, sides=["supervised", "kd/jsd", "teacher"], recipe=recipe, say=quiet,
+        run_side=Runs(fail_at=0),
+    )  # fmt: skip
+    assert again.sides == found.sides

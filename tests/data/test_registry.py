@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ def test_listing_needs_neither_torch_nor_pydantic():
     """
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={"PYTHONPATH": "src"},
+        env={"PYTHONPATH": str(pathlib.Path(catalogue.__file__).parents[1])},
         capture_output=True,
         text=True,
         check=True,

@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["flat-sum", "flat-project", "ddp-sum"])
+@pytest.mark.parametrize("kind", ["flat-sum", "flat-project", "ddp-sum", "fsdp-sum"])
 def test_two_processes_equal_one(trained, kind):
     one = load_file(trained / "one" / kind / "end.safetensors")
     two = load_file(trained / "two" / kind / "end.safetensors")

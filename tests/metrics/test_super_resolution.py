@@ -8,6 +8,7 @@ import torch
 
 from stillhouse.errors import DataError
 from stillhouse.metrics.super_resolution import (
+    Fidelity,
     compare,
     luma,
     modcrop,
@@ -103,3 +104,27 @@ def test_border_is_left_out() -> None:
 def test_images_that_do_not_fit_are_told(call, words: str) -> None:
     with pytest.raises(DataError, match=words):
         call()
+
+
+def test_fidelity_is_the_mean_over_images_and_adds_over_processes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    true = [torch.rand(3, 30, side, generator=generator) for side in (20, 24, 28)]
+    made = [(t + 0.05 * torch.randn(t.shape, generator=generator)).clamp(0, 1) for t in true]
+    whole = Fidelity(2)
+    whole.update({"image": made}, {"target": true})
+    figures = whole.compute()
+    own = [compare(m, t, 2) for m, t in zip(made, true, strict=True)]
+    for name in ("psnr_y", "ssim_y", "psnr_rgb"):
+        assert figures[name] == pytest.approx(np.mean([o[name] for o in own]))
+
+    first, second = Fidelity(2), Fidelity(2)
+    first.update({"image": made[:1]}, {"target": true[:1]})
+    second.update({"image": torch.stack([made[1]])}, {"target": torch.stack([true[1]])})
+    second.update({"image": made[2:]}, {"target": true[2:]})
+    first.take(first.totals() + second.totals())
+    assert first.compute() == pytest.approx(figures)
+
+
+def test_fidelity_of_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="no image was judged"):
+        Fidelity(2).compute()

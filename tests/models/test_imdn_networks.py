@@ -129,7 +129,7 @@ def test_network_matches(golden, dtype: torch.dtype, close: float) -> None:
     np.testing.assert_allclose(sr.detach(), case["sr_f64"], atol=close, rtol=0)
     loss = (sr - torch.from_numpy(case["hr"]).to(dtype)).abs().mean()
     loss.backward()
-    assert float(loss) == pytest.approx(float(case["l1_f64"]), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(case["l1_f64"]), abs=1e-6)
     np.testing.assert_allclose(lr.grad, case["g_lr"], atol=1e-6)
     for name, value in case.items():
         if name.startswith("g."):

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from stillhouse.errors import DataError, ModelError
 from stillhouse.models.imdn import IMDN, IMDN_AS, load_published
-from stillhouse.parts.tiling import adaptive_crops, crop_geometry, padded, tile_starts, tiled
+from stillhouse.parts.tiling import (
+    adaptive_crops,
+    any_size,
+    crop_geometry,
+    padded,
+    tile_starts,
+    tiled,
+)
 
 
 def same(image: Tensor) -> Tensor:
@@ -213,3 +220,25 @@ def test_bad_tiles_and_scales_are_told() -> None:
         tiled(lambda x: x[..., 1:, :], picture(40, 40), tile=32, overlap=4)
     with pytest.raises(DataError, match=r"\(B, C, H, W\)"):
         tiled(same, torch.zeros(3, 8, 8))
+
+
+# Any size ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (101, 97), (50, 33), (150, 203)])
+def test_any_size_meets_the_networks_needs(height: int, width: int) -> None:
+    image = picture(height, width)
+    net = EvenSides()
+    assert torch.equal(any_size(net, image, multiple=4, scale=1, tile=80, overlap=8), image)
+    assert max(max(shape[-2:]) for shape in net.shapes) <= 80
+
+
+def test_networks_that_enlarge_are_padded_at_any_size() -> None:
+    def strict(part: Tensor) -> Tensor:
+        return grown(EvenSides()(part))
+
+    image = picture(33, 45)
+    assert torch.equal(any_size(strict, image, multiple=4, scale=3), grown(image))
+    assert torch.equal(
+        any_size(strict, image, multiple=4, scale=3, tile=20, overlap=4), grown(image)
+    )

@@ -307,6 +307,36 @@ def test_many_terms_and_classes(run_folder):
     assert longest.count("L") + longest.count("M") <= 400
 
 
+def test_many_stages_are_gathered(run_folder):
+    stages = [{"name": "match", "kind": "synthesis", "seconds": 20.0, "steps": 100}]
+    stages += [
+        {"name": f"own/net-{n}/phase-{p}", "kind": "judge", "seconds": 1.5}
+        for n in range(10) for p in range(2)
+    ]  # fmt: skip
+    log = [
+        {"event": "step", "stage": stage["name"], "step": i, "terms": {"task": 1.0}}
+        for stage in reversed(stages) for i in range(2)
+    ]  # fmt: skip
+    found = make_report(run_folder(run=run_folder.summary(stages=stages), log=log))
+    assert [(t.name, t.seconds) for t in found.times] == [("match", 20.0), ("own", 30.0)]
+    assert found.times[1].detail == "30 s; 20 stages"
+    assert len(found.curves) == 10
+    assert "match" in [group.title for group in found.curves]
+    assert found.curves_left == 11
+
+
+def test_small_pictures_are_enlarged_with_their_pixels(run_folder):
+    import base64
+
+    run = run_folder.summary()
+    run["details"]["images"] = [
+        {"title": str(width), "png_base64": base64.b64encode(run_folder.png(width)).decode()}
+        for width in (20, 160, 640)
+    ]
+    found = make_report(run_folder(run=run)).pictures
+    assert [(p.width, p.small) for p in found] == [(160, True), (320, True), (640, False)]
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(RunFolderError):
         report.write(tmp_path / "gone")

@@ -185,7 +185,7 @@ def test_a_store_of_another_teacher_data_or_form_is_refused(tmp_path: Path):
     with pytest.raises(TeacherError, match="made of other data"):
         trained(recipe(store, data=rows), tmp_path / "data")
     with pytest.raises(TeacherError, match=r"keeps logits \(4,\) \(dense, float16\)"):
-        trained(recipe({**store, "form": "topk", "k": 2}), tmp_path / "form")
+        trained(recipe({**store, "form": "topk", "k": 2, "temperature": 4.0}), tmp_path / "form")
 
 
 def test_other_preprocessing_is_told_as_such(tmp_path: Path):

@@ -8,8 +8,8 @@ With student logits :math:`z`, teacher logits :math:`t`, labels :math:`y` and te
 
 where :math:`D` is the forward Kullback-Leibler divergence KL(teacher || student) by default.
 It is the true divergence: below the cross-entropy of the paper by the teacher's entropy, which
-has no gradient. The factor :math:`T^2` keeps the gradient's size when the temperature changes (section 2.1 of
-the paper). Other directions and the Jensen-Shannon divergence are settings.
+has no gradient. The factor :math:`T^2` keeps the gradient's size when the temperature changes
+(section 2.1 of the paper). Other directions and the Jensen-Shannon divergence are settings.
 """
 
 from __future__ import annotations

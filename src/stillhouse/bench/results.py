@@ -322,5 +322,4 @@ def kept_from(before: Results, fresh: Results) -> None:
         seeds = sorted(set(fresh.seeds) | set(before.seeds))
         fresh.seeds = list(before.seeds)
         fresh.grow(seeds)
-    fresh.data = fresh.data or before.data
     fresh.more = {**before.more, **fresh.more}

@@ -125,6 +125,7 @@ def run(
         note=note,
         stamps={side.name: side.stamp for side in contest},
     )
+    fresh.data, fresh.versions, fresh.hardware = surroundings(chosen)
     if path.is_file():
         kept_from(recorded.read(path), fresh)
     return bench.run(fresh)
@@ -198,11 +199,25 @@ def _side(name: str, recipe: Recipe, home: Path) -> Side:
     entry_id = recipe.method if name == recorded.TEACHER else name.partition("/")[0]
     if entry_id != recipe.method:
         # Another entry has settings of its own: tuning ours must not run it again.
-        for key in ("method", "variant", "settings"):
+        for key in ("method", "variant"):
             said.pop(key, None)
+        said["settings"] = catalogue.shared_settings(recipe.method, entry_id, recipe.settings)
     stamp = stamp_of([name, said, file_hash(catalogue.find(entry_id).file)])
     slug = re.sub(r"[^\w.-]+", "--", name)
     return Side(name, stamp, home / f"{slug}-{stamp[:8]}")
+
+
+def surroundings(recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, str], str]:
+    """Data (name, edition, hash), versions and hardware of the runs of a recipe."""
+    from stillhouse import launch
+
+    splits = launch.open_splits(recipe, launch.Given())
+    data = {
+        "name": recipe.data.name,
+        "edition": splits.edition,
+        "hash": str(splits.about.get("hash", "")),
+    }
+    return [data], launch.versions(), launch.open_hardware(recipe).describe()
 
 
 def _launched() -> RunSide:
@@ -273,20 +288,8 @@ class _Bench:
                 raise type(error)(*_placed(error, f"{place} ({folder})")) from error
             write_score(folder, side, seed, figures)
         results.record(side.name, seed, figures)
-        self._describe(results, folder)
         self._write(results)
         self.say(f"{place}: {_short(figures)}")
-
-    def _describe(self, results: Results, folder: Path) -> None:
-        """Data, versions and hardware, as the run itself recorded them."""
-        told = _json(folder / "run.json")
-        data = told.get("data")
-        if isinstance(data, dict) and data not in results.data:
-            results.data.append(data)
-        if isinstance(told.get("versions"), dict):
-            results.versions = {str(k): str(v) for k, v in told["versions"].items()}
-        if isinstance(told.get("hardware"), str):
-            results.hardware = told["hardware"]
 
     def _write(self, results: Results) -> None:
         results.claims = judged(results, self.claims)
@@ -337,11 +340,3 @@ def read_score(folder: Path, stamp: str) -> dict[str, float] | None:
         raise CheckpointError(
             f"the score '{path}' is damaged ({error}); remove it to judge this run again"
         ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

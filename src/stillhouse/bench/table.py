@@ -13,7 +13,7 @@ from stillhouse.bench.show import difference, sense
 
 HEAD = """# Measured results
 
-Made by `stillhouse.bench.table` from `results/*.json`; do not edit. Each verdict follows from
+Made by `python -m stillhouse.bench.table` from `results/*.json`; do not edit. Each verdict follows from
 paired differences over seeds and their 95% t interval: *supported* when the interval lies
 wholly beyond the claim's margin in its favour, *not supported* when it lies wholly at or
 beyond it against, else *inconclusive*. Sides share data, splits, models, initial weights,
@@ -118,3 +118,7 @@ _MARKUP = re.compile(r"([\\`|<>\[\]_])")
 def _cell(text: str) -> str:
     """Text that cannot break a table or become markup; bold that we set ourselves stays."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+if __name__ == "__main__":
+    print(write())

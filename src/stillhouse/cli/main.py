@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -106,7 +105,7 @@ def main() -> None:
         sys.exit(130)
     except Interrupted as error:
         tell(str(error), title="stopped")
-        sys.exit(128 + int(getattr(error, "signal", signal.SIGINT)))
+        sys.exit(128 + error.signal)
     except StillhouseError as error:
         if traceback:
             raise

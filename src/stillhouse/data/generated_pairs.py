@@ -27,7 +27,7 @@ class GeneratedPairs(DataSet[PairShape]):
 
     name = "generated-pairs"
     title = "simulated textures with their low-resolution versions, for examples and tests"
-    tasks = ("super_resolution",)
+    tasks = ("super-resolution",)
     licence = "CC0"
     source = "made on opening"
     edition = "simulated"

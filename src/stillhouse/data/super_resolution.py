@@ -460,7 +460,7 @@ class Bsd100(DataSet[PairOptions]):
 
     name = "bsd100"
     title = "photographs: BSD100 (80 train, 20 val) and Set5 (test), for super-resolution"
-    tasks = ("super_resolution",)
+    tasks = ("super-resolution",)
     licence = "none stated; research sets (BSDS: non-commercial research)"
     source = "https://github.com/jbhuang0604/SelfExSR"
     files = ("super_resolution/bsd100_hr.zip",)
@@ -491,7 +491,7 @@ class Set5(DataSet[PairOptions]):
 
     name = "set5"
     title = "photographs: the five of Set5 (test only), for super-resolution"
-    tasks = ("super_resolution",)
+    tasks = ("super-resolution",)
     licence = "none stated; research set"
     source = "https://github.com/jbhuang0604/SelfExSR"
     files = ("super_resolution/set5_hr.zip",)
@@ -541,7 +541,7 @@ class Photographs(DataSet[PhotographOptions]):
 
     name = "photographs"
     title = "your own images (folder or zip), for super-resolution"
-    tasks = ("super_resolution",)
+    tasks = ("super-resolution",)
     licence = "the user's"
     source = "the user's"
     edition = "as given"

@@ -16,6 +16,7 @@ from stillhouse.artifact import plain_state
 from stillhouse.batch import Order
 from stillhouse.clock import Clock
 from stillhouse.engine.checkpoint import read_state, write_state
+from stillhouse.engine import sharding
 from stillhouse.engine.job import Best, Each, Fit, Job, Last
 from stillhouse.engine.loop import Stage, loop
 from stillhouse.engine.step import Clip, Factory, Schedule, Training
@@ -137,8 +138,10 @@ class _Selection:
 
     def _snapshot(self, epoch: int) -> None:
         path = self.stage.folder / "snapshots" / f"epoch-{epoch:06d}.state"
+        export = self.training.objective.export()
+        state = sharding.full_state(export) if self.training.sharded else plain_state(export)
         if self.job.hardware.is_main:
-            write_state(path, plain_state(self.training.objective.export()))
+            write_state(path, state)
         self.snapshots = [s for s in self.snapshots if s != path.name] + [path.name]
 
     def _validate(self, clock: Clock, done: int) -> None:
@@ -162,9 +165,10 @@ class _Selection:
         sign = 1.0 if self.job.task.higher_is_better else -1.0
         if self.best is None or sign * scores[metric] > sign * self.best:
             self.best, self.best_step, self.scores = scores[metric], done, scores
+            with _averaged(training):
+                state = training.objective_state()
             if self.job.hardware.is_main:
-                with _averaged(training):
-                    write_state(self._best_path, objective.state_dict())
+                write_state(self._best_path, state)
 
     @property
     def _best_path(self) -> Path:
@@ -184,7 +188,7 @@ class _Selection:
         else:
             self.best_step = self.total
             with _averaged(self.training):
-                kept = {k: v.detach().clone() for k, v in objective.state_dict().items()}
+                kept = {k: v.detach().clone() for k, v in self.training.objective_state().items()}
         return {
             "objective": kept,
             "scores": self.scores,
@@ -284,6 +288,8 @@ def _train(
     validate_every: int | None,
 ) -> dict[str, Any]:
     budget, teacher = job.budget, given["teacher"]
+    if job.hardware.strategy == "fsdp" and job.hardware.world > 1:
+        objective = sharding.sharded(objective, job.hardware)
     _warn_about_statistics(job, objective)
     _bind(teacher, objective, job, data)
     objective.train()

@@ -493,6 +493,8 @@ class Job:
         source = self.splits[split] if isinstance(split, str) else split
         size = batch or self.task.evaluation_batch
         order = Shuffled(source, size, shuffle=False, augment=False, collate=self.task.collate)
+        own = getattr(model, "view", "x")
+        view = self.task.views()[0] if own == "x" else own
         training = model.training
         model.eval()
         with torch.inference_mode(), self.hardware.autocast():
@@ -500,7 +502,7 @@ class Job:
                 batch_of = self._own(order, rows)
                 if batch_of is None:
                     continue
-                take(model(batch_of.view(self.task.views()[0])), batch_of)
+                take(model(batch_of.view(view)), batch_of)
         model.train(training)
 
     def _own(self, order: Order, rows: Any) -> Batch | None:

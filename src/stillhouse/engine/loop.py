@@ -198,10 +198,12 @@ class Stage:
         if self.stop.asked is not None:
             self.log.write("warning", text=f"stopped by signal {self.stop.asked}; state saved")
             self.log.flush()
-            raise Interrupted(
+            left = Interrupted(
                 f"stopped in stage '{self.label}'; everything is saved: "
                 "run the same command again to go on"
             )
+            left.signal = int(self.stop.asked)
+            raise left
 
 
 def loop(

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from stillhouse.batch import Batch, Order, Rows
 from stillhouse.clock import Clock, Views, generator, seed_of
+from stillhouse.engine import sharding
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
 from stillhouse.errors import RecipeError, TrainingError
@@ -157,7 +158,8 @@ class Training:
         self.accumulate = max(1, accumulate)
         self.clock = clock
         self.log_every = max(1, log_every)
-        self._refuse_what_cannot_be()
+        self.sharded = hardware.strategy == "fsdp" and hardware.world > 1
+        self._refuse_what_cannot_be(ema)
         self.params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         if not self.params:
             raise RecipeError("the objective has no trainable parameter")
@@ -191,7 +193,12 @@ class Training:
         self.ema_decay = ema or 0.0
         self._reader = _ReadAhead(self, prefetch) if prefetch else None
 
-    def _refuse_what_cannot_be(self) -> None:
+    def _refuse_what_cannot_be(self, ema: float | None) -> None:
+        if self.sharded and (ema is not None or self.hardware.precision == "16-mixed"):
+            raise RecipeError(
+                "strategy 'fsdp' goes with neither ema nor 16-mixed precision; "
+                "use strategy: flat, or bf16-mixed"
+            )
         if self.objective.batchwide and self.accumulate > 1:
             raise RecipeError(
                 f"{type(self.objective).__name__} needs the whole batch at once, so accumulate "
@@ -227,18 +234,15 @@ class Training:
             from torch.nn.parallel import DistributedDataParallel
 
             return DistributedDataParallel(self.objective, broadcast_buffers=False)
-        raise RecipeError(
-            "strategy 'fsdp' shards the objective before its optimiser is made; "
-            "it is set up by Job.fit"
-        )
+        return self.objective  # fsdp: the parameters are shards already
 
     # ---- state -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; nothing random is among it."""
         return {
-            "objective": self.objective.state_dict(),
-            "optimizers": [g.optimizer.state_dict() for g in self.groups],
+            "objective": self.objective_state(),
+            "optimizers": [self._optimizer_state(g.optimizer) for g in self.groups],
             "epoch": self.clock.epoch,
             "index": self.index,
             "ema": self.ema,
@@ -251,9 +255,12 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.objective.load_state_dict(state["objective"])
+        self.load_objective_state(state["objective"])
         for group, saved in zip(self.groups, state["optimizers"], strict=True):
-            group.optimizer.load_state_dict(saved)
+            if self.sharded:
+                sharding.load_full_optimizer_state(self.objective, group.optimizer, saved)
+            else:
+                group.optimizer.load_state_dict(saved)
         self.clock.epoch, self.index = state["epoch"], state["index"]
         if self.ema is not None:
             self.ema = {k: v.to(self.hardware.device) for k, v in state["ema"].items()}
@@ -262,6 +269,24 @@ class Training:
         self._sums, self._summed = dict(state["sums"]), state["summed"]
         self._refused = state["refused"]
         self.teacher_seconds = state["teacher_seconds"]
+
+    def objective_state(self) -> dict[str, Any]:
+        """The whole state of the objective; a collective call when it is sharded."""
+        if self.sharded:
+            return sharding.full_state(self.objective)
+        return self.objective.state_dict()
+
+    def load_objective_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `objective_state`."""
+        if self.sharded:
+            sharding.load_full_state(self.objective, state)
+        else:
+            self.objective.load_state_dict(state)
+
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self.sharded:
+            return sharding.full_optimizer_state(self.objective, optimizer)
+        return optimizer.state_dict()
 
     # ---- the step ----------------------------------------------------------------------
 
@@ -436,7 +461,7 @@ class Training:
         return self.teacher_seconds
 
     def _backward(self, loss: Tensor, params: list[nn.Parameter]) -> None:
-        if self.module is not self.objective:
+        if self.module is not self.objective or self.sharded:
             loss = loss * self.hardware.world  # the wrap averages what shares already divide
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
@@ -489,7 +514,7 @@ class Training:
     def _reduce(self, params: list[nn.Parameter], terms: dict[str, Tensor]) -> None:
         if self.hardware.world == 1:
             return
-        if self.module is not self.objective:
+        if self.module is not self.objective or self.sharded:
             self._reduced([], [], terms)
             return
         summed = self._reduced([p.grad for p in params], params, terms)

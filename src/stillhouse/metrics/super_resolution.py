@@ -29,7 +29,8 @@ def to_grey_levels(image: Tensor) -> Tensor:
     """
     if image.dtype == torch.uint8:
         return image.double()
-    # Scaled in the image's own precision, as released evaluation scripts do.
+    # Scaled in float32 as released evaluation scripts do, not in float64.
+    image = image.float() if image.dtype in {torch.float16, torch.bfloat16} else image
     return (image.clamp(0.0, 1.0) * 255.0).round().double()
 
 

@@ -39,10 +39,12 @@ from stillhouse.report.reading import (
 TEACHER, ALONE, DISTILLED = "teacher", "alone", "distilled"
 COST = ("seconds", "peak_mb")
 MOST_IMAGE_BYTES = 8_000_000
+MOST_STAGES = 10
 _ORDER = {TEACHER: 0, ALONE: 1, DISTILLED: 9}
-_ACRONYMS = {
-    w: w.upper() for w in ("ece", "nll", "f1", "psnr", "ssim", "auc", "kl", "iou", "em", "dd")
-} | {"miou": "mIoU", "map": "mAP", "macs": "MACs", "top1": "top-1", "top5": "top-5"}
+_CAPITALS = ("ece", "nll", "f1", "psnr", "ssim", "auc", "kl", "iou", "em", "y", "rgb")
+_CAPITALS += ("ior", "hlr", "lrs", "ars")
+_SPELT = {"brier": "Brier", "miou": "mIoU", "map": "mAP", "top1": "top-1", "top5": "top-5"}
+_SPELT |= {word: word.upper() for word in _CAPITALS}
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -106,11 +108,21 @@ class Calibrated:
 
 @dataclass
 class Picture:
-    """A PNG picture as data: base64."""
+    """A PNG picture as data: base64.
+
+    Attributes:
+        title: above it.
+        data: base64.
+        caption: below it.
+        width: at which it is shown, in pixels.
+        small: it is enlarged, and its pixels are to stay visible.
+    """
 
     title: str
     data: str
     caption: str = ""
+    width: int = 0
+    small: bool = False
 
 
 @dataclass
@@ -129,6 +141,7 @@ class Report:
     results_note: str = ""
     findings: list[str] = field(default_factory=list)
     curves: list[Group] = field(default_factory=list)
+    curves_left: int = 0
     agreement: list[Grid] = field(default_factory=list)
     calibration: list[Calibrated] = field(default_factory=list)
     confusion: Matrix | None = None
@@ -170,7 +183,7 @@ def compose(run: RunRecord) -> Report:
     report.sizes = _sizes(run)
     report.tiles = _tiles(run, sides)
     report.findings = [*sides.findings(), *_time_to_target(run, sides)]
-    report.curves = _curves(run)
+    report.curves, report.curves_left = _curves(run)
     report.agreement = _agreement(run)
     report.calibration = _calibration(run)
     report.confusion = _confusion(run)
@@ -184,7 +197,7 @@ def compose(run: RunRecord) -> Report:
 
 def words(name: str) -> str:
     """A figure's name for people: macro_f1 becomes macro F1."""
-    return " ".join(_ACRONYMS.get(part, part) for part in name.split("_"))
+    return " ".join(_SPELT.get(part, part) for part in name.split("_"))
 
 
 # ---- what was done -----------------------------------------------------------------------
@@ -208,7 +221,7 @@ def _about(run: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("task", summary.get("task") or recipe.get("task")),
         ("data", data.get("edition") or data.get("name") or _named(recipe.get("data"), "name")),
-        ("data hash", data.get("hash")),
+        ("data hash", str(data.get("hash") or "")[:16]),
         ("teacher", _model(recipe.get("teacher"))),
         ("student", _model(recipe.get("student"))),
         ("settings", _settings(recipe)),
@@ -351,7 +364,7 @@ class _Sides:
         return f"Mean ± 95% t interval over seeds ({told})."
 
     def strip(self) -> Strip | None:
-        if not self.main:
+        if not self.main or sum(len(seeds) for seeds in self.figures.values()) < 2:
             return None
         rows = [
             (c.name, c.role, list(self.values(c.key, self.main).values()), found)
@@ -498,23 +511,41 @@ def _stages(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def _times(run: RunRecord) -> list[Time]:
-    stages = [(s, number_of(s.get("seconds")) or 0.0) for s in _stages(run)]
-    longest = max((seconds for _, seconds in stages), default=0.0)
-    found = []
-    for stage, seconds in stages:
-        steps = number_of(stage.get("steps"))
-        asked = number_of(stage.get("teacher_seconds")) or 0.0
-        width = 100 * seconds / longest if longest else 0.0
-        teacher = min(100.0, 100 * asked / seconds) if seconds else 0.0
-        detail = [duration(seconds)]
-        if steps and seconds and stage.get("kind") in {"train", "synthesis"}:
-            loop = number_of(stage.get("loop_seconds")) or seconds
-            detail.append(f"{steps:.0f} steps, {number(steps / loop)} a second")
-        if asked:
-            detail.append(f"teacher {duration(asked)}")
+    stages = _stages(run)
+    if len(stages) > MOST_STAGES:
+        stages = _gathered(stages)
+    longest = max((number_of(s.get("seconds")) or 0.0 for s in stages), default=0.0)
+    return [_time(stage, longest) for stage in stages[: 3 * MOST_STAGES]]
+
+
+def _gathered(stages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Stages of child jobs (path with a slash) added up under the first part of their path."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for stage in stages:
         name, kind = str(stage.get("name", "")), str(stage.get("kind", ""))
-        found.append(Time(name, kind, seconds, width, teacher, "; ".join(detail)))
-    return found
+        top = name.partition("/")[0]
+        entry = found.setdefault((top, kind), {"name": top, "kind": kind, "stages": 0})
+        entry["stages"] += 1
+        for key in ("seconds", "teacher_seconds", "loop_seconds", "steps"):
+            entry[key] = entry.get(key, 0.0) + (number_of(stage.get(key)) or 0.0)
+    return list(found.values())
+
+
+def _time(stage: Mapping[str, Any], longest: float) -> Time:
+    seconds = number_of(stage.get("seconds")) or 0.0
+    steps, asked = number_of(stage.get("steps")), number_of(stage.get("teacher_seconds")) or 0.0
+    detail = [duration(seconds)]
+    if stage.get("stages", 1) != 1:
+        detail.append(f"{stage['stages']} stages")
+    if steps and seconds and stage.get("kind") in {"train", "synthesis"}:
+        loop = number_of(stage.get("loop_seconds")) or seconds
+        detail.append(f"{steps:.0f} steps, {number(steps / loop)} a second")
+    if asked:
+        detail.append(f"teacher {duration(asked)}")
+    width = 100 * seconds / longest if longest else 0.0
+    teacher = min(100.0, 100 * asked / seconds) if seconds else 0.0
+    name, kind = str(stage.get("name", "")), str(stage.get("kind", ""))
+    return Time(name, kind, seconds, width, teacher, "; ".join(detail))
 
 
 def _time_notes(run: RunRecord) -> list[str]:
@@ -523,7 +554,7 @@ def _time_notes(run: RunRecord) -> list[str]:
     if asked is not None:
         notes.append(f"The teacher took {share(asked)} of the time of the training steps.")
         saving = run.figure("store_saving")
-        if saving is not None:
+        if saving is not None and saving >= 0.01:
             notes.append(
                 f"A store of its outputs (teacher: {{store: true}}) would save an estimated "
                 f"{share(saving)} of that time."
@@ -542,29 +573,42 @@ def _time_notes(run: RunRecord) -> list[str]:
 # ---- curves ------------------------------------------------------------------------------
 
 
-def _curves(run: RunRecord) -> list[Group]:
+def _curves(run: RunRecord) -> tuple[list[Group], int]:
+    """Charts of each stage, and how many stages are left out where there are too many."""
     groups = []
     for stage in run.logs.stages.values():
         charts = [chart for chart in _stage_charts(run, stage) if chart is not None]
         if charts:
             refused = f"{stage.refused} updates were refused." if stage.refused else ""
             groups.append(Group(stage.name, charts, refused))
-    return groups
+    if len(groups) <= MOST_STAGES:
+        return groups, 0
+    # The run's own stages say more than those of its children (experts, fresh networks).
+    chosen = sorted(range(len(groups)), key=lambda i: (groups[i].title.count("/"), i))
+    kept = [groups[i] for i in sorted(chosen[:MOST_STAGES])]
+    return kept, len(groups) - len(kept)
 
 
 def _stage_charts(run: RunRecord, stage: StageLog) -> Iterable[Chart | None]:
     lines = dict(stage.terms)
     if len(lines) != 1:
         lines["loss"] = stage.loss
-    yield line_chart("loss terms", lines)
+    yield _curve("loss terms", lines)
     for name, points in stage.scores.items():
         several = {"distilled": points, **_same_score(run.side_logs, stage.name, name)}
         lines = several if len(several) > 1 else {name: points}
-        yield line_chart(f"validation: {words(name)}", lines, log=False)
+        yield _curve(f"validation: {words(name)}", lines, log=False)
     for name, points in stage.notes.items():
-        yield line_chart(words(name), {name: points})
+        yield _curve(words(name), {name: points})
     if len({y for _, y in finite(stage.rate)}) > 1:
-        yield line_chart("learning rate", {"lr": stage.rate}, log=False)
+        yield _curve("learning rate", {"lr": stage.rate}, log=False)
+
+
+def _curve(title: str, lines: Mapping[str, Points], *, log: bool | None = None) -> Chart | None:
+    """A chart, where some line has two points: one alone is no curve."""
+    if all(len(finite(points)) < 2 for points in lines.values()):
+        return None
+    return line_chart(title, lines, log=log)
 
 
 def _same_score(side_logs: Mapping[str, RunLogs], stage: str, score: str) -> dict[str, Points]:
@@ -663,7 +707,8 @@ def _pictures(run: RunRecord) -> list[Picture]:
         if data is None:
             run.troubles.append(f"the picture '{title}' is no PNG inside the run folder")
         else:
-            pictures.append(Picture(title, data, str(told.get("caption", ""))))
+            width, small = _shown_width(data)
+            pictures.append(Picture(title, data, str(told.get("caption", "")), width, small))
     return pictures
 
 
@@ -684,6 +729,13 @@ def _png(folder: Path, told: Mapping[str, Any]) -> str | None:
     if not data.startswith(_PNG) or len(data) > MOST_IMAGE_BYTES:
         return None
     return base64.b64encode(data).decode()
+
+
+def _shown_width(data: str) -> tuple[int, bool]:
+    """The width to show a PNG at, and whether it is enlarged (a whole number of times)."""
+    own = int.from_bytes(base64.b64decode(data[:32])[16:20], "big")
+    times = max(1, min(8, 320 // max(1, own)))
+    return own * times, times > 1
 
 
 def _tables(run: RunRecord) -> list[Grid]:

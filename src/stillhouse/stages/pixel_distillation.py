@@ -70,9 +70,17 @@ class PixelConfig(SetConfig):
         json_schema_extra={"source": "losses sum over pixels: tune anew per network width"},
     )
     scan_steps: int | None = Field(
-        None, ge=1, description="iterations per point of the scan; none: a quarter"
+        None,
+        ge=1,
+        description="iterations per point of the scan; none: a quarter",
+        json_schema_extra={"source": "house setting"},
     )
-    scan_nets: int = Field(1, ge=1, description="fresh networks per point of the scan")
+    scan_nets: int = Field(
+        1,
+        ge=1,
+        description="fresh networks per point of the scan",
+        json_schema_extra={"source": "house setting"},
+    )
     class_chunk: int = Field(
         1,
         ge=0,
@@ -89,6 +97,7 @@ class PixelConfig(SetConfig):
         ge=1,
         description="fresh networks per evaluation on validation data, every "
         "budget.validate_every iterations when that is given",
+        json_schema_extra={"source": "released code: 10 networks every 2000 iterations"},
     )
 
 

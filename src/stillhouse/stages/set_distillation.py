@@ -52,10 +52,14 @@ class SetConfig(MethodConfig):
         json_schema_extra={"source": "mean_std in DM and DataDAM; zca in trajectory matching"},
     )
     mean: list[float] | None = Field(
-        None, description="per channel, for mean_std; none: that of the data"
+        None,
+        description="per channel, for mean_std; none: that of the data",
+        json_schema_extra={"source": "released codes: per data set"},
     )
     std: list[float] | None = Field(
-        None, description="per channel, for mean_std; none: that of the data"
+        None,
+        description="per channel, for mean_std; none: that of the data",
+        json_schema_extra={"source": "released codes: per data set"},
     )
     augment: str = Field(
         FULL,
@@ -94,18 +98,33 @@ class SetConfig(MethodConfig):
         json_schema_extra={"source": "DC-BENCH, DD-Ranking"},
     )
     full_epochs: int = Field(
-        50, ge=1, description="epochs of the training on the full data, which is shared"
+        50,
+        ge=1,
+        description="epochs of the training on the full data, which is shared",
+        json_schema_extra={"source": "DC-BENCH trains the full data at its own length"},
     )
-    full_batch: int = Field(64, ge=1, description="its batch")
+    full_batch: int = Field(
+        64,
+        ge=1,
+        description="its batch",
+        json_schema_extra={"source": "house setting: small batches for small data"},
+    )
     cross: list[str] = Field(
         default_factory=list,
         description="ids of further architectures that are trained on the set, by model id",
+        json_schema_extra={"source": "DC-BENCH, transfer across architectures"},
     )
-    cross_nets: int = Field(1, ge=1, description="networks of each")
+    cross_nets: int = Field(
+        1,
+        ge=1,
+        description="networks of each",
+        json_schema_extra={"source": "DC-BENCH, transfer across architectures"},
+    )
     hold_mb: int = Field(
         1024,
         ge=0,
         description="real images are preprocessed once and kept on the device up to this size",
+        json_schema_extra={"source": "house setting"},
     )
 
     @field_validator("augment")

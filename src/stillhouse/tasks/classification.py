@@ -59,14 +59,13 @@ class Classification(Task):
 
     def check(self, student: Net | None, teacher: Net | None) -> None:
         """Refuse models whose number of outputs is not the number of classes."""
-        view = self._sample()
         for role, net in (("student", student), ("teacher", teacher)):
             if net is not None:
-                self._check_net(role, net, view)
+                self._check_net(role, net, self._sample(net.view))
 
-    def example_view(self) -> Any:
+    def example_view(self, view: str = "x") -> Any:
         """One row of the training data."""
-        return self._sample()[:1]
+        return self._sample(view)[:1]
 
     def details(self, job: Any, artifact: Any, teacher: Net | None) -> dict[str, Any]:
         """Confusion and calibration of the student, its agreement with the teacher."""
@@ -81,7 +80,7 @@ class Classification(Task):
             confusion.update(out, batch)
             calibration.update(out, batch)
             if teacher is not None:
-                agreement.compare(out["logits"], teacher(batch.view("x"))["logits"])
+                agreement.compare(out["logits"], teacher(batch.view(teacher.view))["logits"])
 
         job.walk(artifact.module, "test" if "test" in self.splits else "val", compare)
         found: dict[str, Any] = {
@@ -92,13 +91,13 @@ class Classification(Task):
             found["agreement"] = agreement.compute()
         return found
 
-    def _sample(self) -> Any:
+    def _sample(self, view: str) -> Any:
         from stillhouse.batch import read_rows
 
         split = "train" if "train" in self.splits else next(iter(self.splits))
         source = self.splits[split]
         rows = torch.arange(min(2, len(source)))
-        return read_rows(source, rows, None, self.collate).view("x")
+        return read_rows(source, rows, None, self.collate).view(view)
 
     def _check_net(self, role: str, net: Net, view: Any) -> None:
         device = next((p.device for p in net.parameters()), torch.device("cpu"))

@@ -136,9 +136,9 @@ class SuperResolution(Task):
             if net is not None:
                 self._check_net(role, net, batch)
 
-    def example_view(self) -> Any:
+    def example_view(self, view: str = "x") -> Any:
         """One low-resolution training patch."""
-        return self._sample().view("x")[:1]
+        return self._sample().view(view)[:1]
 
     def predictor(self, net: Net) -> Predictor:
         """Images in, images out."""
@@ -248,11 +248,6 @@ class SuperResolver(Predictor):
         "factor": "enlargement, any number >= 1: for networks whose input is enlarged first",
         "size": "output size HEIGHTxWIDTH, for the same networks",
     }
-
-    @classmethod
-    def restore(cls, module: nn.Module, settings: Mapping[str, Any]) -> Predictor:
-        """The inverse of saving: the net becomes one for images of any size again."""
-        return cls(module, settings)
 
     def __init__(self, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
         if not isinstance(module, RestorationNet):

@@ -104,7 +104,9 @@ class Live:
         has_data = task is not None and len(getattr(task, "splits", ())) > 0
         if has_data and any(w.field == "logits" for w in wants):
             task.check(None, self.net)
-        example = task.example_view() if has_data and hasattr(task, "example_view") else None
+        example = None
+        if has_data and hasattr(task, "example_view"):
+            example = task.example_view(*([] if self.net.view == "x" else [self.net.view]))
         if example is not None:
             self._refuse_lacking(self._ask(_moved(example, self._device())))
 
@@ -138,16 +140,17 @@ class Live:
     def knowledge(self, batch: Batch) -> Knowledge:
         """What was asked for in `bind`; everything about the view "x" without it.
 
-        One forward per view, whatever the number of fields.
+        One forward per view, whatever the number of fields. What is wanted on the view "x" is
+        answered from the view that the net reads.
 
         Raises:
             TeacherError: a wanted field is not given.
         """
         values: dict[str, Value] = {}
         if not self._wants:
-            return Knowledge(_fields(self._ask(batch.view())))
+            return Knowledge(_fields(self._ask(batch.view(self.net.view))))
         for view in dict.fromkeys(w.view for w in self._wants):
-            fields = _fields(self._ask(batch.view(view)))
+            fields = _fields(self._ask(batch.view(self.net.view if view == "x" else view)))
             for want in self._wants:
                 if want.view != view:
                     continue
