@@ -88,9 +88,10 @@ def test_onnx_holds_the_normalisation_and_takes_any_batch_and_size(tmp_path: Pat
 
 def test_onnx_of_a_model_with_a_fixed_size_has_a_free_batch_only(tmp_path: Path) -> None:
     saved(tmp_path / "a", "stillhouse:mlp", options={"widths": [4]})
-    told = export_artifact(tmp_path / "a", "onnx", tmp_path / "out")
+    told = export_artifact(tmp_path / "a", "onnx", tmp_path / "out" / "mine.onnx")
     assert told["inputs"] == {"x": ["batch", "3", "16", "16"]}
-    assert told["files"] == ["model.onnx"]
+    assert told["files"] == ["mine.onnx"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.onnx"]
 
 
 @pytest.mark.slow
@@ -184,7 +185,7 @@ def test_forms_that_a_model_cannot_take_are_refused_and_nothing_is_left(
     saved(tmp_path / "a", "stillhouse:mlp", options={"widths": [4]})
     with pytest.raises(ModelError, match=words):
         export_artifact(tmp_path / "a", form, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_unknown_form_names_the_nearest(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ timm folder, a sentence-transformers folder. Each is read back and compared befo
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,11 +65,12 @@ def export_artifact(
     Args:
         folder: of the artifact, or of the run that made it.
         to: "onnx", "torch", "hf", "timm" or "sentence-transformers".
-        output: folder to write into; `FOLDER/export/FORM` when not given.
+        output: folder to write into, or a file that ends in .onnx; `FOLDER/export/FORM` when
+            not given.
         shape: of one input, without the batch, where the artifact does not say it.
 
     Returns:
-        form, folder, files, and the largest relative difference between the answers.
+        form, place, files, and the largest relative difference between the answers.
 
     Raises:
         RecipeError: unknown form; the artifact holds no model.
@@ -79,16 +81,25 @@ def export_artifact(
         raise RecipeError(f"unknown form '{to}'{nearest(to, FORMS)}")
     source = open_source(Path(folder), shape)
     place = Path(output) if output is not None else Path(folder) / "export" / to
-    fresh = not place.exists()
-    place.mkdir(parents=True, exist_ok=True)
+    single = to == "onnx" and place.suffix == ".onnx"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the place, then moved: what was exported before stays until this one is whole.
+    aside = place.with_name(f".{place.name}-{os.getpid()}")
+    aside.mkdir()
     try:
-        told = FORMS[to](source, place)
-    except BaseException:
-        if fresh:
-            shutil.rmtree(place, ignore_errors=True)
-        raise
-    files = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
-    return {"form": to, "folder": str(place), "files": files, "model": source.name, **told}
+        told = FORMS[to](source, aside)
+        if single:
+            (aside / "model.onnx").replace(place)
+        else:
+            shutil.copytree(aside, place, dirs_exist_ok=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    files = (
+        [place.name]
+        if single
+        else sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    )
+    return {"form": to, "place": str(place), "files": files, "model": source.name, **told}
 
 
 def open_source(folder: Path, shape: Sequence[int] | None = None) -> Source:

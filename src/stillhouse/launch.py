@@ -460,7 +460,9 @@ def _judge_teacher(job: Job) -> Side:
     if net is None:
         raise TeacherError("this teacher is no model, so it cannot be judged itself")
     opened = job.judging()
-    figures = opened.once("judge-teacher", lambda: opened.task.judge(opened, net), kind="judge")
+    figures = opened.once(
+        "judge-teacher", lambda: opened.task.judge(opened, net), kind="judge", everywhere=True
+    )
     return _close_side(job, figures, None, None, began)
 
 
@@ -471,7 +473,9 @@ def _run_job(job: Job) -> Side:
     _check(job)
     artifact = method.run(job)
     opened = job.judging()
-    figures = opened.once("judge", lambda: method.judge(opened, artifact), kind="judge")
+    figures = opened.once(
+        "judge", lambda: method.judge(opened, artifact), kind="judge", everywhere=True
+    )
     return _close_side(job, figures, artifact, method, began)
 
 
@@ -615,7 +619,10 @@ def _all_sides(
     if teacher is not None and main.job is not None:
         opened = main.job.judging()
         figures = opened.once(
-            "judge-teacher", lambda: opened.task.judge(opened, teacher), kind="judge"
+            "judge-teacher",
+            lambda: opened.task.judge(opened, teacher),
+            kind="judge",
+            everywhere=True,
         )
         sides["teacher"] = {str(recipe.seed): dict(figures)}
     return sides

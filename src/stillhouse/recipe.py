@@ -177,7 +177,7 @@ class StoreSpec(Section):
     )
     k: Count = Field(default=16, description="classes kept per row by topk, truncate and sample")
     temperature: Positive = Field(default=1.0, description="at which probabilities are kept")
-    dtype: Literal["float16", "float32", "bfloat16"] = Field(
+    dtype: Literal["float16", "float32", "bfloat16", "int8"] = Field(
         default="float16", description="numbers on disk"
     )
     draws: Count | None = Field(

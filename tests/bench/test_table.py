@@ -86,6 +86,21 @@ def test_written_from_a_folder(tmp_path):
     assert "No results are recorded yet" in empty.read_text()
 
 
+def test_a_narrow_terminal_breaks_no_figure():
+    results = measured("a-method-with-a-long-name")
+    for side in results.sides:
+        for seed in range(5):
+            figures = results.sides[side][str(seed)]
+            results.record(side, seed, {**figures, "nll": 0.1 * seed, "ece": 0.01 * seed})
+    for width in (60, 80, 160):
+        out = io.StringIO()
+        show(results, Console(file=out, width=width))
+        text = out.getvalue()
+        assert "a-method-with-a-long-name" in text
+        assert "0.9020 ± 0.0020" in text
+        assert ("nll" in text) == (width == 160)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_shown_on_a_terminal_and_off_it(terminal):
     out = io.StringIO()

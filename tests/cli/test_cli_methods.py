@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from stillhouse import catalogue
-from stillhouse.cli import methods
+from stillhouse.cli import methods_show
 
 
 def test_the_table_lists_every_entry_with_its_summary(call) -> None:
@@ -62,7 +62,7 @@ def test_show_reads_recorded_results_and_says_when_they_are_stale(
     }
     path = tmp_path / "kd.json"
     path.write_text(json.dumps(stored))
-    monkeypatch.setattr(methods, "results_folders", lambda: [tmp_path])
+    monkeypatch.setattr(methods_show, "results_folders", lambda: [tmp_path])
     out = call("methods", "show", "kd").out
     assert f"supported: {text}" in out
     assert "kd: accuracy 0.625" in out

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.optim import SGD
 
 from stillhouse import catalogue
@@ -228,14 +230,14 @@ def test_dead_networks_give_finite_terms():
 
 def test_powers_poolings_and_errors_are_settings():
     values = [
-        float(terms_of(small(**s)[0])["attention/act0"])
+        terms_of(small(**s)[0])["attention/act0"].item()
         for s in (
             {}, {"power": 1.0}, {"power": 2.0}, {"power": 8.0}, {"pool": "max"},
             {"normalise": "l1"}, {"error": "absolute"}, {"error": "angular"},
         )
     ]  # fmt: skip
     assert len(set(values)) == len(values)
-    same = float(terms_of(small(normalise="frobenius")[0])["attention/act0"])
+    same = terms_of(small(normalise="frobenius")[0])["attention/act0"].item()
     assert same == pytest.approx(values[0])
 
 
@@ -334,9 +336,10 @@ def test_bad_settings_are_told_before_anything_runs(tmp_path):
         made(tmp_path / "a", student=None)
     with pytest.raises(RecipeError, match=r"budget\.ema"):
         made(tmp_path / "b", budget={"steps": 2, "ema": 0.9})
-    untapped = {"model": "stillhouse:mlp", "options": {"widths": [4]}}
-    with pytest.raises(ModelError, match="names no layers to match"):
-        made(tmp_path / "c", student=untapped)
+    shallow = {"model": "stillhouse:convnet", "options": {"width": 4, "depth": 1}}
+    with pytest.raises(ModelError, match="two layers at least"):
+        made(tmp_path / "c", student=shallow)
+    assert made(tmp_path / "d", student=shallow, settings={"last_layer": True}).images.ndim == 4
 
 
 @pytest.mark.parametrize(
@@ -364,6 +367,26 @@ def test_networks_of_other_libraries_plug_in_by_their_taps(model, options, taps,
     assert torch.isfinite(found.images).all()
 
 
+def test_two_processes_equal_one(tmp_path):
+    """Each process has some of the classes (three over two), and the result is one's."""
+    body = Path(__file__).parent / "datadam_processes.py"
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        launcher = [] if processes == 1 else [
+            "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        ]  # fmt: skip
+        command = [sys.executable, *launcher, str(body), str(folder)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_file(folder / "end.safetensors")["images"])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from stillhouse.errors import DataError
+from stillhouse.losses.sequence import IGNORED
 from stillhouse.parts.text_spans import (
-    IGNORED,
     align,
     begins_word,
     chunk,

@@ -49,11 +49,15 @@ def show(results: Results, console: Console | None = None, *, stale: bool = Fals
     from rich.text import Text
 
     out = console or Console()
-    metrics = results.metrics()[:6]
+    # A narrow terminal shows fewer metrics, those of claims first, and no broken figures.
+    longest = max((len(side) for side in results.sides), default=0)
+    room = (out.width - min(longest, 28) - 24) // 20
+    metrics = results.metrics()[: max(1, min(6, room))]
     title = f"{results.method}: mean ± 95% interval over seeds {results.seeds}"
     table = Table(title=Text(title), title_justify="left")
-    for heading in ("side", *metrics, "seconds", "seeds"):
-        table.add_column(Text(heading), justify="left" if heading == "side" else "right")
+    table.add_column(Text("side"), overflow="fold", min_width=min(longest, 28))
+    for heading in (*metrics, "seconds", "seeds"):
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     for side, runs in results.sides.items():
         cells = [with_interval(results.summary(side, metric)) for metric in metrics]
         seconds = number(results.summary(side, "seconds").mean)

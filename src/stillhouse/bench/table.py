@@ -13,11 +13,11 @@ from stillhouse.bench.show import difference, sense
 
 HEAD = """# Measured results
 
-Made by `python -m stillhouse.bench.table` from `results/*.json`; do not edit. Each verdict follows from
-paired differences over seeds and their 95% t interval: *supported* when the interval lies
-wholly beyond the claim's margin in its favour, *not supported* when it lies wholly at or
-beyond it against, else *inconclusive*. Sides share data, splits, models, initial weights,
-batches and steps. *Stale* means that the method's file has changed since.
+Made by `python -m stillhouse.bench.table` from `results/*.json`; do not edit. Each verdict
+follows from paired differences over seeds and their 95% t interval: *supported* when the
+interval lies wholly beyond the claim's margin in its favour, *not supported* when it lies
+wholly at or beyond it against, else *inconclusive*. Sides share data, splits, models, initial
+weights, batches and steps. *Stale* means that the method's file has changed since.
 """
 
 

@@ -33,7 +33,8 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an artifact's.")],
     to: Annotated[Form, typer.Option(help="The form.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder; else RUN/export/FORM.")
+        Path | None,
+        typer.Option("-o", "--output", help="A folder, or NAME.onnx; else RUN/export/FORM."),
     ] = None,
     shape: Annotated[
         str, typer.Option(metavar="3,32,32", help="Of one input, where the artifact is silent.")

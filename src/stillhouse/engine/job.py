@@ -300,8 +300,17 @@ class Job:
         *,
         kind: str = "closed",
         share: Mapping[str, Any] | None = None,
+        everywhere: bool = False,
     ) -> Any:
         """The value of `fn`, computed once: tensors, numbers, strings and nests of them.
+
+        Args:
+            name: of the stage.
+            fn: makes the value.
+            kind: of the stage.
+            share: everything the result depends on; the stage then lies in the cache.
+            everywhere: `fn` holds stages or evaluations, in which all processes take part, so
+                all run it; the first one's value counts.
 
         Returns:
             What was read back, also the first time.
@@ -312,7 +321,8 @@ class Job:
                 value = stage.result()
             else:
                 stage.begin()
-                value = stage.finish(self.hardware.broadcast(self.hardware.first(fn)))
+                made = fn() if everywhere else self.hardware.first(fn)
+                value = stage.finish(self.hardware.broadcast(made))
         self._done(stage)
         return value
 

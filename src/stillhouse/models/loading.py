@@ -450,8 +450,12 @@ def _hf_place(name: str) -> Path | str:
 def _hf_pretrained(auto: Any, place: Any, config: Any, model: str, trust: bool) -> nn.Module:
     import transformers
 
-    level = transformers.logging.get_verbosity()
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         module, told = auto.from_pretrained(
             place,
@@ -465,6 +469,8 @@ def _hf_pretrained(auto: Any, place: Any, config: Any, model: str, trust: bool) 
         raise _unreachable(model, str(place), error) from error
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
     mismatched = [str(entry) for entry in told["mismatched_keys"]]
     if mismatched:
         raise ModelError(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -290,7 +290,7 @@ class SurfaceWindow:
 ScoreRows = Callable[[Sequence[Tensor]], list[list[float]]]
 
 
-class SurfaceRoute(Generic[Window]):
+class SurfaceRoute:
     """Words by offsets in the source; nothing is detokenised, unknown words stay.
 
     Deviations from the released compressor, each for a trap of it: windows never exceed the
@@ -327,9 +327,7 @@ class SurfaceRoute(Generic[Window]):
             end = words[high - 1].stop if high > low else words[low - 1].stop if low else 0
             begin = words[low].start if high > low else end
             text = context[begin:end]
-            found.append(
-                SurfaceWindow(text, words[low:high], reading.codes[start:stop], own)
-            )
+            found.append(SurfaceWindow(text, words[low:high], reading.codes[start:stop], own))
         return found
 
     def score(self, windows: Sequence[SurfaceWindow]) -> list[list[ScoredWord]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stillhouse.report.content import Grid, Report
 from stillhouse.report.html import NAME
-from stillhouse.report.sections import Grid, Report, make_report
+from stillhouse.report.sections import make_report
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -236,7 +236,8 @@ def accuracies(
 def _accuracy(job: Job, net: Net, preprocessing: Preprocessing | None, split: str) -> float:
     ready = Ready(net, preprocessing)
     metric = job.task.main_metric
-    return float(job.once(split, lambda: job.evaluate(ready, split)[metric], kind="judge"))
+    evaluate = lambda: job.evaluate(ready, split)[metric]  # noqa: E731
+    return float(job.once(split, evaluate, kind="judge", everywhere=True))
 
 
 def judge_distilled_set(

@@ -32,7 +32,7 @@ def best_of(
     table: list[dict[str, float]] = []
     for number, point in enumerate(points):
         child = job.child(name, f"point-{number}")
-        measured: Any = child.once("measure", _bound(measure, child, point), kind="closed")
+        measured: Any = child.once("measure", _bound(measure, child, point), everywhere=True)
         table.append({"point": float(point), "measure": float(measured)})
     best = max(table, key=lambda row: row["measure"])
     return best["point"], table

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from stillhouse.errors import ModelError
 from stillhouse.losses.distributions import dm
 from stillhouse.losses.features import attention_matching
 from stillhouse.method import Card, Claim, Variant
@@ -47,6 +48,9 @@ class AttentionMatching(PixelMatching):
         layers: aliases of the layers, in order; the last is left out unless the settings say
             otherwise.
         batch_statistics: see `PixelMatching`.
+
+    Raises:
+        ModelError: no layer is left to match.
     """
 
     def __init__(
@@ -70,6 +74,11 @@ class AttentionMatching(PixelMatching):
         )
         self.config = config
         self.layers = list(layers) if config.last_layer else list(layers)[:-1]
+        if not self.layers and config.attention_weight > 0:
+            raise ModelError(
+                f"attention needs two layers at least, since the last ('{layers[-1]}') counts "
+                "through the embedding: tap more, or set last_layer: true"
+            )
 
     def distances(
         self,
