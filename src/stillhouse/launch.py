@@ -142,7 +142,8 @@ class RecipeModels:
             return given  # type: ignore[no-any-return]
         if isinstance(given, nn.Module):
             net = given if isinstance(given, Net) else job.task.net(given, {})
-            return self._live(job, net.to(job.device))
+            self._check_teacher(job, net.to(job.device))
+            return self._live(job, net)
         if spec is None:
             if otherwise is None:
                 raise RecipeError(
@@ -160,6 +161,7 @@ class RecipeModels:
     def _from_spec(self, job: Job, spec: TeacherSpec, role: str) -> Teacher:
         if spec.source == "model":
             net = self._net(job, spec, role)
+            self._check_teacher(job, net)
             if spec.train is not None:
                 self._train(job, net, spec)
             return self._live(job, net)
@@ -186,6 +188,11 @@ class RecipeModels:
             f"'{self.recipe.method}' asks for logits or features, which an endpoint cannot give "
             "inside a training: label first, or give the teacher as a model or a store"
         )
+
+    def _check_teacher(self, job: Job, net: Net) -> None:
+        """A teacher of logits must know the same classes; others are checked by their wants."""
+        if "logits" in catalogue.find(self.recipe.method).card.get("needs", ()):
+            job.task.check(None, net)
 
     def _live(self, job: Job, net: Net) -> Teacher:
         self.teacher_net = net

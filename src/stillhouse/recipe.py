@@ -353,7 +353,7 @@ class OutputSpec(Section):
     )
     log_every: Count = Field(default=20, description="steps between lines of the log")
     checkpoint_minutes: NotNegative = Field(
-        default=5.0, description="between checkpoints; 0: each step"
+        default=1.0, description="between checkpoints; 0: each step"
     )
     keep: Annotated[int, Strict(), Field(ge=2)] = Field(
         default=2,

@@ -34,18 +34,25 @@ SKILL = {"bench-toy": 0.9, "bench-other": 0.8, "bench-toy/plain": 0.7, "teacher"
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Two catalogue entries that lie in a package of their own; the file may be edited."""
+    """Two catalogue entries that lie in a file of their own, which may be edited."""
     file = tmp_path / "package" / "bench_toy_methods.py"
     file.parent.mkdir()
     file.write_text(SOURCE)
     monkeypatch.syspath_prepend(str(file.parent))
-    monkeypatch.setattr(catalogue, "_foreign", lambda: ["bench_toy_methods"])
-    catalogue.scan.cache_clear()
-    catalogue._tree.cache_clear()
+
+    def entry(name, kind, variants):
+        card = {"id": name, "kind": kind, "needs": ["logits"], "task": "classification"}
+        found = {"bench-toy": "Toy", "bench-other": "Other"}[name]
+        return catalogue.Entry(name, file.stem, found, str(file), card, variants=variants)
+
+    found = {
+        "bench-toy": entry("bench-toy", "method", {"plain": {"set": {}}}),
+        "bench-other": entry("bench-other", "baseline", {}),
+    }
+    monkeypatch.setattr(catalogue, "scan", lambda: catalogue.Found(found))
     monkeypatch.setattr(runner, "surroundings", lambda recipe: (DATA, {"torch": "2"}, "cpu"))
     monkeypatch.chdir(tmp_path)
     yield file
-    catalogue.scan.cache_clear()
     sys.modules.pop("bench_toy_methods", None)
 
 
@@ -150,7 +157,6 @@ def test_five_seeds_where_a_side_is_fast(toy):
 def test_an_edited_method_file_starts_its_own_sides_anew(toy):
     run("bench-toy", seeds=2, recipe=RECIPE, run_side=Runs(), say=quiet)
     toy.write_text(SOURCE + "\n# edited\n")
-    catalogue.scan.cache_clear()
     again = Runs()
     results = run("bench-toy", seeds=2, recipe=RECIPE, run_side=again, say=quiet)
     assert len(again.calls) == 6  # all sides lie in the edited file

@@ -45,7 +45,8 @@ class Pair(Objective):
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     hardware = Hardware(accelerator="cpu")
-    for strategy, gradient in (("flat", "sum"), ("flat", "project"), ("ddp", "sum"), ("fsdp", "sum")):
+    for kind in ("flat-sum", "flat-project", "ddp-sum", "fsdp-sum"):
+        strategy, gradient = kind.split("-")
         hardware.strategy = strategy
         train(folder / f"{strategy}-{gradient}", hardware, gradient)
 
@@ -67,7 +68,8 @@ def train(folder: Path, hardware: Hardware, gradient: str) -> None:
     )
     objective = Pair(net)
     how = Project(("task",), ("masked",)) if gradient == "project" else None
-    job.fit("student", objective, Shuffled(job.splits["train"], 15), gradient=how, validate_every=10)
+    order = Shuffled(job.splits["train"], 15)
+    job.fit("student", objective, order, gradient=how, validate_every=10)
     scores = job.evaluate(net, "val")
     if hardware.is_main:
         state = {k: v.clone() for k, v in net.state_dict().items()}

@@ -186,7 +186,7 @@ def test_the_more_classes_a_store_keeps_the_nearer_the_training(tmp_path):
     plain = KD.example(0)["teacher"]
     whole = trained(recipe(data=data, budget=budget), tmp_path / "live")
     distances = []
-    for k in (2, 6, 12):
+    for k in (2, 6, 11):  # of 12: the rest is then the one class left
         store = {"form": "topk", "k": k, "temperature": 4.0, "dtype": "float32"}
         chosen = recipe(data=data, budget=budget, teacher={**plain, "store": store})
         some = trained(chosen, tmp_path / f"top{k}")

@@ -15,8 +15,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from stillhouse.artifact import plain_state
 from stillhouse.batch import Order
 from stillhouse.clock import Clock
-from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine import sharding
+from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.job import Best, Each, Fit, Job, Last
 from stillhouse.engine.loop import Stage, loop
 from stillhouse.engine.step import Clip, Factory, Schedule, Training

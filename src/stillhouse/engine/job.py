@@ -255,7 +255,11 @@ class Job:
             with self.stop.listening():
                 yield
             return
-        with locked(stage.folder / "lock", wait=True), self.stop.listening():
+        # One process of the run holds the lock for all of them; the others wait for it here.
+        main = self.hardware.is_main
+        held = locked(stage.folder / "lock", wait=True) if main else contextlib.nullcontext()
+        with held, self.stop.listening():
+            self.hardware.barrier()
             yield
 
     def _done(self, stage: Stage, **figures: Any) -> None:

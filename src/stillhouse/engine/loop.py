@@ -246,9 +246,10 @@ def loop(
         if progress is not None and progress.due(now):
             progress.update(step + 1, total, figures() if figures else {}, now)
         due = stage.due(now)
-        if (stage.hardware.any(due) if many and step % 10 == 9 else due and not many) and (
-            step + 1 < total or stage.stop.asked is not None
-        ):
+        if many:
+            # Processes must agree, which costs a message: every tenth step is often enough.
+            due = step % 10 == 9 and stage.hardware.any(due)
+        if due and (step + 1 < total or stage.stop.asked is not None):
             if before_save is not None:
                 before_save()
             stage.save(step + 1, state.state_dict())

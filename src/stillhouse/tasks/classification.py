@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
 from stillhouse.errors import DataError, MissingExtra, ModelError
+from stillhouse.losses.chunked import wide
 from stillhouse.metrics.calibration import Calibration
 from stillhouse.metrics.classification import Accuracy, Confusion
 from stillhouse.net import Net, Output
@@ -46,7 +47,7 @@ class Classification(Task):
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Cross-entropy, the mean over rows."""
-        return {"task": F.cross_entropy(out["logits"].float(), batch["target"])}
+        return {"task": F.cross_entropy(wide(out["logits"]), batch["target"])}
 
     def metrics(self) -> Mapping[str, Metric]:
         """Accuracy, the confusion matrix' macro F1, calibration."""
