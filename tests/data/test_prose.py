@@ -73,5 +73,5 @@ def test_calculator_marks_and_final_answers_are_left_out(tmp_path, monkeypatch):
             file.writelines(json.dumps(problem) + "\n" for _ in range(30))
     splits = open_data("prose", options={"parts": ["gsm8k"], "words": 10, "val": 0})
     assert rows(splits, "test", 1)["text"] == [
-        "How many? It is 1+1=2. How many? It is 1+1=2. How many? It is 1+1=2."
+        "How many? It is 1+1=2. How many? It is 1+1=2."
     ]

@@ -72,7 +72,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="disk is full.*needs .* bytes.*untouched"):
+    with pytest.raises(CheckpointError, match=r"disk is full.*needs .* bytes.*untouched"):
         rotation.save(2, {"x": 2})
     monkeypatch.undo()
     assert rotation.latest()[0] == {"x": 1}
@@ -88,8 +88,8 @@ def test_rotation_keeps_the_newest_two(tmp_path):
 
 def test_a_folder_in_use_names_its_user(tmp_path):
     with locked(tmp_path / "run.lock"):
+        second = locked(tmp_path / "run.lock")
         with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()}"):
-            with locked(tmp_path / "run.lock"):
-                pass
+            second.__enter__()
     with locked(tmp_path / "run.lock"):
         pass

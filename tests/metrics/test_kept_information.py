@@ -30,7 +30,7 @@ def test_one_whole_mention_is_enough():
 
 
 def test_a_question_needs_its_answer_and_its_sentence():
-    # Sentences 1 (name, number) and 3 (number) have two other content words; 2 has "Later", "moved".
+    # Two questions on the first sentence, one on each of the others.
     assert kept("1898")["cloze"] == pytest.approx(2 / 4)
     assert kept("found", "radium", "Curie", "Marie")["cloze"] < kept("found")["cloze"]
 

@@ -13,7 +13,7 @@ from stillhouse.artifact import Artifact
 from stillhouse.engine.job import Job
 from stillhouse.errors import RecipeError
 from stillhouse.method import Method, MethodConfig
-from stillhouse.parts.augment import DSA, FULL
+from stillhouse.parts.augment import DSA
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.stages.fresh_nets import GIVEN, fresh_net
 from stillhouse.stages.initial_set import (
@@ -27,7 +27,7 @@ from stillhouse.stages.initial_set import (
 from stillhouse.stages.judge_distilled_set import Judging, Protocol, accuracies, judge_distilled_set
 from stillhouse.stages.tune import best_of
 
-_PROTOCOL = "released evaluate_synset of Dataset Condensation and trajectory matching"
+_PROTOCOL = "released evaluate_synset of Dataset Condensation"
 
 
 class SetConfig(MethodConfig):
@@ -62,7 +62,7 @@ class SetConfig(MethodConfig):
         json_schema_extra={"source": "released codes: per data set"},
     )
     augment: str = Field(
-        FULL,
+        "color_crop_cutout_flip_scale_rotate",
         description="families of the differentiable augmentation, in matching and in judging, or "
         "none; without flip for digits: color_crop_cutout_scale_rotate",
         json_schema_extra={"source": "released code of DSA"},
@@ -71,7 +71,7 @@ class SetConfig(MethodConfig):
         1000,
         ge=0,
         description="E of the judge's trainings (E + 1 epochs are run)",
-        json_schema_extra={"source": _PROTOCOL + ": 1000 with augmentation"},
+        json_schema_extra={"source": "released evaluate_synset: 1000 with augmentation"},
     )
     judge_batch: int = Field(
         256, ge=1, description="its batch", json_schema_extra={"source": _PROTOCOL}
@@ -83,7 +83,7 @@ class SetConfig(MethodConfig):
         5,
         ge=1,
         description="fresh networks that a set is judged on",
-        json_schema_extra={"source": _PROTOCOL + ": at least 5"},
+        json_schema_extra={"source": "released evaluate_synset: at least 5"},
     )
     plain_nets: int = Field(
         0,
