@@ -1,7 +1,8 @@
-"""A small synthesis that a test runs in one process and in two, and compares."""
+"""A small run, judge included, that a test makes in one process and in two, and compares."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from stillhouse import catalogue
-from stillhouse.launch import open_job, open_method
+from stillhouse.launch import run
 from stillhouse.recipe import load_recipe
 from stillhouse.stages.set_distillation import distilled_of
 
@@ -30,10 +31,11 @@ def main(folder: Path) -> None:
             },
         }
     )
-    job = open_job(recipe, folder)
-    images = distilled_of(open_method(recipe).run(job)).images
-    if job.hardware.is_main:
-        save_file({"images": images}, folder / "end.safetensors")
+    result = run(recipe, folder=folder / "run", progress=False)
+    if int(os.environ.get("RANK", "0")) == 0:
+        images = distilled_of(result.artifact).images
+        accuracy = torch.tensor(result.sides["distilled"]["0"]["accuracy"])
+        save_file({"images": images, "accuracy": accuracy}, folder / "end.safetensors")
 
 
 if __name__ == "__main__":

@@ -382,8 +382,9 @@ def test_two_processes_equal_one(tmp_path):
         command = [sys.executable, *launcher, str(body), str(folder)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append(load_file(folder / "end.safetensors")["images"])
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+        found.append(load_file(folder / "end.safetensors"))
+    torch.testing.assert_close(found[0]["images"], found[1]["images"], rtol=0, atol=1e-5)
+    assert found[0]["accuracy"] == found[1]["accuracy"]
 
 
 @pytest.mark.slow

@@ -531,7 +531,7 @@ def test_an_order_that_is_not_shuffled_serves_too(tmp_path):
     x, y, t = numbers()
     source = TensorSource({"x": x, "target": y})
     teacher = Callable(lambda b: {"logits": t[b["id"]]}, fingerprint="t")
-    optimiser = torch.optim.SGD(made.parameters(), lr=0.03)
+    optimiser = torch.optim.Adam(made.parameters(), lr=0.05)
     order = Shuffled(source, 5, shuffle=False)
     losses = []
     for _ in range(30):

@@ -192,7 +192,7 @@ def test_the_more_classes_a_store_keeps_the_nearer_the_training(tmp_path):
         some = trained(chosen, tmp_path / f"top{k}")
         distances.append(max((whole[n] - some[n]).abs().max().item() for n in whole))
     assert distances[0] > distances[1] > distances[2]
-    assert distances[2] < 1e-4
+    assert distances[2] < 1e-3
 
 
 # ---- the training ----------------------------------------------------------------------------

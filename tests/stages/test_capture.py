@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stillhouse.artifact import plain_state
 from stillhouse.batch import Subset, TensorSource
@@ -224,6 +227,37 @@ def test_a_full_disk_is_told_before_the_teacher_is_asked_for_all(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(CheckpointError, match=r"no room .* needs 1,600 bytes, 100 are free"):
         trained(recipe(True), tmp_path)
+
+
+def in_processes(folder: Path, count: int) -> Store:
+    folder.mkdir()
+    body = str(Path(__file__).parent / "capture_body.py")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, *(launcher if count > 1 else []), body, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"world {count}" in done.stdout
+    return Store.open(folder / "store")
+
+
+def test_two_processes_capture_and_train_as_one(tmp_path: Path):
+    one, two = (in_processes(tmp_path / str(n), n) for n in (1, 2))
+    assert one.complete
+    assert two.complete
+    assert len(list((tmp_path / "2" / "store").glob("done-*.a"))) == 2
+    two.verify()
+    rows = one.ids
+    both = [s.read(rows)[0]["logits"] for s in (one, two)]
+    assert torch.allclose(*both, atol=1e-6)
+    ends = [load_file(tmp_path / str(n) / "end.safetensors") for n in (1, 2)]
+    assert distance(*ends) < 1e-5
 
 
 def test_ids_of_subsets_are_those_of_the_source():

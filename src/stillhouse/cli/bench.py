@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +50,6 @@ def bench(
         note=note,
     )
     if as_json:
-        print_json(asdict(found))
+        print_json(found.as_dict())
     else:
         show.show(found)
