@@ -386,7 +386,10 @@ def side_recipe(recipe: Recipe, side: str, seed: int) -> Recipe:
             raise RecipeError(f"'{name}' has no variant '{variant}'")
         chosen = entry.variants[variant]
         settings.update(chosen.get("set", {}))
-        budget = budget.model_copy(update=dict(chosen.get("budget", {})))
+        changes = dict(chosen.get("budget", {}))
+        if "steps" in changes or "epochs" in changes:
+            changes = {"steps": None, "epochs": None, **changes}
+        budget = budget.model_copy(update=changes)
     return recipe.model_copy(
         update={
             "method": name,
@@ -681,8 +684,10 @@ def _summary(
 
 
 def _store_saving(recipe: Recipe, job: Job, share: float | None) -> float | None:
-    """The share of training time that a store would save: each sample is asked once, not once
-    an epoch. Reading the store is not counted; it takes microseconds a row.
+    """The share of training time that a store would save.
+
+    Each sample is asked once, not once an epoch. Reading the store is not counted; it takes
+    microseconds a row.
     """
     if share is None or "train" not in job.splits:
         return None

@@ -59,8 +59,11 @@ def _predictor(folder: Path, about: dict[str, Any], module: nn.Module | None) ->
                 f"{folder} holds the weights of a model that was handed in as an object; "
                 "give it: stillhouse.load(folder, module=your_model)"
             )
+        name = str(model["id"])
+        if name.startswith("hf:") and (folder / "config.json").exists():
+            name = f"hf:{folder}"
         module = load_model(
-            model["id"],
+            name,
             options=model.get("options", {}),
             weights=None,
             about=about.get("meta", {}).get("about", {}),

@@ -72,6 +72,4 @@ def test_calculator_marks_and_final_answers_are_left_out(tmp_path, monkeypatch):
         with gzip.open(folder / f"gsm8k_{split}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(problem) + "\n" for _ in range(30))
     splits = open_data("prose", options={"parts": ["gsm8k"], "words": 10, "val": 0})
-    assert rows(splits, "test", 1)["text"] == [
-        "How many? It is 1+1=2. How many? It is 1+1=2."
-    ]
+    assert rows(splits, "test", 1)["text"] == ["How many? It is 1+1=2. How many? It is 1+1=2."]

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from stillhouse.artifact import plain_state
 from stillhouse.batch import Subset, TensorSource
 from stillhouse.engine.store import Store
-from stillhouse.errors import CheckpointError, RecipeError, TeacherError
+from stillhouse.errors import CheckpointError, DataError, RecipeError, TeacherError
 from stillhouse.launch import open_job, open_method
 from stillhouse.recipe import load_recipe
 from stillhouse.stages.capture import ids_of
+from stillhouse.teacher import Want
 from stillhouse.teachers.live import Live
 
 
@@ -123,6 +124,37 @@ def test_a_second_run_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _, job = trained(recipe(True), tmp_path / "two")
     assert sum(asked) == 1  # the one row that tells the shapes
     assert [s["kind"] for s in job.stages] == ["train"]
+
+
+def test_the_teacher_is_asked_in_inference_mode_in_batches_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[int, bool]] = []
+    real = Live.knowledge
+
+    def seen(self: Live, batch: Any) -> Any:
+        asked.append((batch.size, torch.is_inference_mode_enabled()))
+        return real(self, batch)
+
+    monkeypatch.setattr(Live, "knowledge", seen)
+    trained(recipe({"batch": 48}), tmp_path)
+    assert asked[1:] == [(48, True)] * 4 + [(8, True)]
+
+
+def test_a_source_that_misstates_its_ids_is_refused(tmp_path: Path):
+    job = open_job(recipe(True), tmp_path)
+    source = job.splits["train"]
+    teacher = job.teacher()
+
+    def shifted(rows: torch.Tensor, views: Any) -> Any:
+        batch = type(source).read(source, rows, views)
+        batch["id"] = batch["id"] + 1
+        return batch
+
+    source.read = shifted
+    with pytest.raises(DataError, match="reads other sample ids than it declares"):
+        teacher.bind((Want("logits"),), job.task)
+    job.log.close()
 
 
 def test_killed_captures_go_on_and_end_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -247,6 +279,7 @@ def in_processes(folder: Path, count: int) -> Store:
     return Store.open(folder / "store")
 
 
+@pytest.mark.slow
 def test_two_processes_capture_and_train_as_one(tmp_path: Path):
     one, two = (in_processes(tmp_path / str(n), n) for n in (1, 2))
     assert one.complete

@@ -114,6 +114,11 @@ def main() -> None:
     except Exception as error:
         if traceback:
             raise
+        from stillhouse.cli.printing import process
+
+        if process() and "closed by peer" in str(error):
+            # The process that failed has told why; this one only lost its connection.
+            sys.exit(1)
         tell(
             f"{type(error).__name__}: {error}\n"
             "This should have been told better; --traceback shows where it arose.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+
+
+def process() -> int:
+    """The number of this process among those of a distributed run; 0 speaks for all."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def print_json(value: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stillhouse.cli.printing import print_fields, print_json
+from stillhouse.cli.printing import print_fields, print_json, process
 
 if TYPE_CHECKING:
     from stillhouse.launch import RunResult
@@ -78,7 +77,7 @@ def run(
 
     result = launch.run(resolved, redo=redo, folder=folder, progress=not as_json)
     # Under torchrun, or when Fabric has started further processes, one of them speaks.
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+    if process() == 0:
         _show_result(result, as_json)
 
 

@@ -111,7 +111,7 @@ class _Layer(nn.Module):
         self.out = nn.Linear(width, width)
         self.bias = nn.Embedding(2 * reach + 1, heads)
         self.inner = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.bias.weight)

@@ -157,7 +157,12 @@ class CodeReader:
 
 
 def _trimmed(text: str, start: int, stop: int) -> tuple[int, int]:
-    """Without white space at either end, which some tokenizers count to a piece."""
+    """Without white space at either end, which some tokenizers count to a piece.
+
+    A piece of white space alone (a lone word marker) speaks for the word behind it.
+    """
+    if start < stop and text[start:stop].isspace():
+        return stop, min(stop + 1, len(text))
     while start < stop and text[start].isspace():
         start += 1
     while stop > start and text[stop - 1].isspace():

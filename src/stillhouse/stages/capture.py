@@ -23,7 +23,7 @@ from stillhouse.clock import Views
 from stillhouse.engine.job import Job
 from stillhouse.engine.records import Field
 from stillhouse.engine.store import Store
-from stillhouse.errors import TeacherError
+from stillhouse.errors import DataError, TeacherError
 from stillhouse.teacher import Frozen, Knowledge, Teacher, Want
 from stillhouse.teachers.live import ACCESS
 from stillhouse.teachers.stored import Stored, augments
@@ -179,8 +179,10 @@ class Captured:
         if progress is not None:
             progress.begin(name, len(store), before)
 
+        ids = store.ids
+
         def ask(item: tuple[Tensor, int]) -> dict[str, Tensor]:
-            answer = self._ask(source, *item)
+            answer = self._ask(source, *item, ids)
             now = time.monotonic()
             if progress is not None and progress.due(now):
                 progress.update(store.finished, len(store), {}, now)
@@ -211,10 +213,16 @@ class Captured:
                 if number % world == rank:
                     yield (ids[rows], draw), (rows, draw)
 
-    def _ask(self, source: Source, rows: Tensor, draw: int) -> Knowledge:
+    def _ask(self, source: Source, rows: Tensor, draw: int, ids: Tensor | None = None) -> Knowledge:
         draws = self.spec.draws
         views = Views(self.job.views().seed, draw, draws) if draws else None
         batch: Batch = read_rows(source, rows, views, self.job.task.collate)
+        if ids is not None and not torch.equal(batch["id"].cpu(), ids[rows]):
+            raise DataError(
+                f"the split '{self.split}' reads other sample ids than it declares "
+                f"(positions {rows[:3].tolist()}: {batch['id'][:3].tolist()} instead of "
+                f"{ids[rows][:3].tolist()}): a store would mix up its records"
+            )
         mover = getattr(self.teacher, "to", None)
         if mover is not None:
             mover(self.job.device)

@@ -243,7 +243,10 @@ def _read(path: Path) -> list[tuple[str, Any]]:
 
         return [(str(path), np.load(path, allow_pickle=False))]
     if path.suffix.lower() == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is no text in UTF-8: {error}") from error
         return [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     try:
         from PIL import Image, UnidentifiedImageError
