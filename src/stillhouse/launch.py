@@ -174,7 +174,7 @@ class RecipeModels:
                 raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
             return self._live(job, module.to(job.device))
         if spec.source == "recipe":
-            return self._live(job, self._nested(job, spec))
+            return self._nested(job, spec)
         if spec.source == "store":
             from stillhouse.teachers.stored import Stored
 
@@ -212,7 +212,7 @@ class RecipeModels:
         }
         train_supervised(job, "teacher", net, budget=spec.train, share=share)
 
-    def _nested(self, job: Job, spec: TeacherSpec) -> Net:
+    def _nested(self, job: Job, spec: TeacherSpec) -> Teacher:
         assert spec.recipe is not None
         inner = spec.recipe.model_copy(update={"seed": job.seed})
         models = RecipeModels(inner, Given(splits=self.given.splits))
@@ -230,10 +230,13 @@ class RecipeModels:
             family=job.family,
         )
         method = open_method(inner)
-        net = method.run(child).module
+        artifact = method.run(child)
+        net = artifact.module
         if not isinstance(net, Net):
             raise TeacherError(f"'{inner.method}' yields no model that could teach")
-        return net
+        live = self._live(job, net)
+        own: Teacher | None = method.teacher(child, artifact)
+        return own or live
 
     def artifact(self, job: Job, module: nn.Module) -> Artifact:
         """A model artifact with the task's predictor and the way to build it again."""

@@ -126,6 +126,15 @@ class Method:
         figures: dict[str, float] = job.task.judge(job, artifact.module, "test")
         return figures
 
+    def teacher(self, job: Any, artifact: Artifact) -> Any:
+        """Who teaches when this run is the teacher of another recipe.
+
+        Returns:
+            A Teacher that answers as the artifact's module does, but cheaper; None: the module
+            itself, asked live.
+        """
+        return None
+
     def details(self, job: Any, artifact: Artifact) -> dict[str, Any]:
         """Further sections of the report: {"tables": [...], "images": [...], ...}."""
         return {}

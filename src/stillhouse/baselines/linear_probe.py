@@ -21,10 +21,10 @@ from stillhouse.objective import Objective
 from stillhouse.recipe import StoreSpec
 from stillhouse.stages.capture import captured
 from stillhouse.task import Task
-from stillhouse.teacher import Knowledge, Want
+from stillhouse.teacher import Knowledge
+from stillhouse.teachers.headed import FEATURES, Headed
 from stillhouse.teachers.live import Live
-
-FEATURES = "tap:head:input"
+from stillhouse.teachers.stored import Stored
 
 
 class HeadObjective(Objective):
@@ -35,7 +35,7 @@ class HeadObjective(Objective):
         task: whose loss it is.
     """
 
-    wants = (Want(FEATURES),)
+    wants = (FEATURES,)
 
     def __init__(self, net: Net, task: Task) -> None:
         super().__init__(net.head_layer())
@@ -44,7 +44,7 @@ class HeadObjective(Objective):
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The task's terms."""
-        return self._loss({"logits": self.student(knowledge.tensor(FEATURES))}, batch)
+        return self._loss({"logits": self.student(knowledge.tensor(FEATURES.key))}, batch)
 
     def export(self) -> nn.Module:
         """The whole net."""
@@ -69,14 +69,20 @@ class LinearProbe(Method):
         """Capture the features, then train the head on them."""
         net = job.student()
         head = net.head_layer()
-        store = self._features(job, net, head)
+        self._stored = self._features(job, net, head)
         for parameter in head.parameters():
             parameter.requires_grad_(True)
-        job.fit("head", HeadObjective(net, job.task), job.order("train"), teacher=store)
+        job.fit("head", HeadObjective(net, job.task), job.order("train"), teacher=self._stored)
         artifact: Artifact = job.model_artifact(net)
         return artifact
 
-    def _features(self, job: Any, net: Net, head: nn.Linear) -> Any:
+    def teacher(self, job: Any, artifact: Artifact) -> Headed:
+        """The stored features under the trained head."""
+        net = artifact.module
+        assert isinstance(net, Net)
+        return Headed(net, self._stored)
+
+    def _features(self, job: Any, net: Net, head: nn.Linear) -> Stored:
         """The store of the features, which do not depend on the head.
 
         While it is named by the net's weights, the head is blank, so that all seeds share it.
@@ -88,6 +94,7 @@ class LinearProbe(Method):
         teacher = captured(job, Live(net), StoreSpec(dtype="float32"))
         teacher.bind(HeadObjective.wants, job.task)
         head.load_state_dict(initial)
+        assert teacher.stored is not None
         return teacher.stored
 
     @classmethod

@@ -1,0 +1,51 @@
+"""A live teacher whose features lie in a store: only its last linear layer is computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stillhouse.batch import Batch
+from stillhouse.net import Net
+from stillhouse.teacher import Knowledge, Want
+from stillhouse.teachers.live import Live
+from stillhouse.teachers.stored import Stored
+
+FEATURES = Want("tap:head:input")
+
+
+class Headed(Live):
+    """Logits from stored inputs of the head; everything else from the module itself.
+
+    Whoever wants only logits of the stored samples is answered without running the body of
+    the network, which is nearly all of it.
+
+    Args:
+        net: the teacher's net; frozen in place.
+        stored: the inputs of its head, taken from this very body.
+    """
+
+    def __init__(self, net: Net, stored: Stored) -> None:
+        super().__init__(net)
+        self.stored = stored
+        self._spares = False
+
+    def bind(self, wants: Sequence[Want], task: Any) -> None:
+        """As a live teacher; the store serves when nothing but logits is wanted."""
+        super().bind(wants, task)
+        self._spares = tuple(wants) == (Want("logits"),)
+        if self._spares:
+            self.stored.bind((FEATURES,), task)
+
+    def knowledge(self, batch: Batch) -> Knowledge:
+        """What was asked for in `bind`."""
+        if not self._spares:
+            return super().knowledge(batch)
+        kept = self.stored.knowledge(batch)
+        head = self.net.head_layer()
+        features = kept.tensor(FEATURES.key)
+        with torch.no_grad():
+            logits = head(features.to(head.weight.dtype))
+        return Knowledge({"logits": logits}, kept.valid)
