@@ -45,10 +45,14 @@ def test_the_right_side_counts_unless_masked(causal):
     assert (changed[:-1] > 1e-6).any() != causal
 
 
+def test_heads_begin_with_the_words_beside():
+    bias = tiny(heads=4).layers[0].bias.weight  # (2 * 32 + 1, heads), distance 0 in the middle
+    assert bias.argmax(0).tolist() == [33, 31, 32, 32]
+    assert tiny(heads=1).layers[0].bias.weight.argmax(0).tolist() == [32]
+
+
 def test_position_matters():
     net = tiny()
-    for layer in net.layers:
-        torch.nn.init.normal_(layer.bias.weight)
     codes = net.reader.read("a b a b c").codes[None]
     out = net(codes)[0]
     assert (out[0] - out[2]).abs().max() > 1e-4

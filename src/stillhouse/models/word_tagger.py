@@ -20,7 +20,7 @@ class WordTagger(nn.Module):
     """Word-hash embedding and character CNN, Transformer layers, one linear layer.
 
     Positions enter as a learned bias per head on the attention, by distance, so that a model
-    trained on short rows reads long ones.
+    trained on short rows reads long ones; heads begin by looking at neighbours.
 
     Args:
         classes: per word.
@@ -114,7 +114,8 @@ class _Layer(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.bias.weight)
+        with torch.no_grad():
+            self.bias.weight.copy_(_neighbourly(heads, reach))
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """(B, L, D) and (B, 1, L, L) bool, True where attention is forbidden."""
@@ -130,6 +131,19 @@ class _Layer(nn.Module):
         x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
         added: Tensor = x + self.dropout(self.inner(self.second(x)))
         return added
+
+
+def _neighbourly(heads: int, reach: int) -> Tensor:
+    """Biases (2 * reach + 1, heads) from which training begins.
+
+    One head looks at the next word, one at the word before, the others at neighbourhoods of
+    growing width (as ALiBi's slopes, Press et al. 2022, to both sides). From flat biases a
+    small model needs several times as many steps to find its neighbours.
+    """
+    apart = torch.arange(-reach, reach + 1).float()
+    kinds = [-2 * (apart - 1).abs(), -2 * (apart + 1).abs()] if heads > 1 else []
+    kinds += [-apart.abs() * 2.0**-power for power in range(1, heads + 1)]
+    return torch.stack(kinds[:heads], 1)
 
 
 class WordReader(CodeReader):
