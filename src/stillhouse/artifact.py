@@ -124,7 +124,7 @@ class Artifact:
             }
             net = self.predictor.module
             about["net"] = net_settings(net)
-            config = getattr(getattr(net, "module", net), "config", None)
+            config: Any = getattr(getattr(net, "module", net), "config", None)
             if hasattr(config, "to_json_file"):
                 # Without it a Hugging Face model could be rebuilt only where its id is known.
                 config.to_json_file(folder / "config.json", use_diff=False)

@@ -773,7 +773,7 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
         rows, budget = splits.peek("train"), recipe.budget
         epoch = -(-rows // budget.batch)
         found["steps"] = budget.steps or (budget.epochs or 1) * epoch
-    return found
+    return {**found, **method.forecast(job)}
 
 
 def _model_plan(net: Net, spec: Any) -> dict[str, Any]:

@@ -139,6 +139,10 @@ class Method:
         """Further sections of the report: {"tables": [...], "images": [...], ...}."""
         return {}
 
+    def forecast(self, job: Any) -> dict[str, Any]:
+        """What a dry run adds to its plan, such as the price of labelling; does nothing."""
+        return {}
+
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:
         """The smallest recipe of its kind, on generated tensors; runs in under 2 seconds."""

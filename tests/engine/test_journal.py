@@ -25,14 +25,14 @@ def request(text: str, **settings) -> Request:
 def filled(path, count: int = 3) -> None:
     with Journal(path) as journal:
         for i in range(count):
-            journal.put(key(i), value=i)
+            journal.put(key(i), {"value": i})
 
 
 def test_entries_come_back_in_key_order(tmp_path):
     path = tmp_path / "run" / "journal.jsonl"
     with Journal(path) as journal:
         for i in (5, 1, 3):
-            journal.put(key(i), value=i, text="é\n☃\ud800")
+            journal.put(key(i), {"value": i, "text": "é\n☃\ud800"})
         assert key(5) in journal
         assert key(2) not in journal
         assert [e["value"] for e in journal] == [1, 3, 5]
@@ -41,13 +41,13 @@ def test_entries_come_back_in_key_order(tmp_path):
         assert [e["value"] for e in again] == [1, 3, 5]
         assert again[key(1)]["text"] == "é\n☃\ud800"
         with pytest.raises(CheckpointError, match="reading only"):
-            again.put(key(9))
+            again.put(key(9), {})
 
 
 def test_the_first_answer_stands(tmp_path):
     with Journal(tmp_path / "j") as journal:
-        journal.put(key(1), value="first")
-        journal.put(key(1), value="second")
+        journal.put(key(1), {"value": "first"})
+        journal.put(key(1), {"value": "second"})
         assert journal[key(1)]["value"] == "first"
         assert len(journal) == 1
     assert len((tmp_path / "j").read_bytes().splitlines()) == 1
@@ -55,7 +55,7 @@ def test_the_first_answer_stands(tmp_path):
 
 def test_a_line_is_on_disk_before_put_returns(tmp_path):
     with Journal(tmp_path / "j", fsync_every=1000) as journal:
-        journal.put(key(1), value=1)
+        journal.put(key(1), {"value": 1})
         assert json.loads((tmp_path / "j").read_text())["value"] == 1
 
 
@@ -68,7 +68,7 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path, cut):
     with Journal(path) as journal:
         assert journal.torn
         assert journal.keys() == [key(0), key(1)]
-        journal.put(key(2), value=2)
+        journal.put(key(2), {"value": 2})
     with Journal(path) as journal:
         assert not journal.torn
         assert len(journal) == 3
@@ -92,7 +92,7 @@ def test_a_damaged_middle_line_is_told_with_its_number(tmp_path):
 def test_a_second_writer_is_refused_and_named(tmp_path):
     path = tmp_path / "j"
     with Journal(path) as journal:
-        journal.put(key(1), value=1)
+        journal.put(key(1), {"value": 1})
         with pytest.raises(RunFolderError, match=rf"another process \(id {os.getpid()}\)"):
             Journal(path)
         with Journal(path, write=False) as reader:
@@ -103,7 +103,7 @@ def test_a_second_writer_is_refused_and_named(tmp_path):
 def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "j"
     with Journal(path) as journal:
-        journal.put(key(0), value=0)
+        journal.put(key(0), {"value": 0})
         write = os.write
 
         def full(handle: int, data: bytes) -> int:
@@ -113,9 +113,9 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "write", lambda h, d: full(h, d[:16]))
         with pytest.raises(CheckpointError, match="No space left"):
-            journal.put(key(1), value=1)
+            journal.put(key(1), {"value": 1})
         monkeypatch.setattr(os, "write", write)
-        journal.put(key(2), value=2)
+        journal.put(key(2), {"value": 2})
     with Journal(path) as journal:
         assert journal.keys() == [key(0), key(2)]
 
@@ -147,10 +147,10 @@ def test_marks_of_a_killed_process_are_told_once(tmp_path):
         from stillhouse.engine.journal import Journal
         journal = Journal({str(tmp_path / "j")!r})
         with journal.sending("{key(1)}"):
-            journal.put("{key(1)}", value=1)
+            journal.put("{key(1)}", {{"value": 1}})
         first, second = journal.sending("{key(2)}"), journal.sending("{key(3)}")
         first.__enter__(), second.__enter__()
-        journal.put("{key(3)}", value=3)
+        journal.put("{key(3)}", {{"value": 3}})
         os.kill(os.getpid(), signal.SIGKILL)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
@@ -183,4 +183,24 @@ def test_slots_are_reused(tmp_path):
 
 def test_a_bad_key_is_refused(tmp_path):
     with Journal(tmp_path / "j") as journal, pytest.raises(CheckpointError, match="64"):
-        journal.put("short")
+        journal.put("short", {})
+
+
+def test_job_map_can_fill_it(tmp_path):
+    from stillhouse.launch import open_job
+    from stillhouse.recipe import load_recipe
+
+    spec = load_recipe({"method": "random-deletion", "data": "generated_prose"})
+    calls = []
+
+    def square(number: int) -> dict[str, int]:
+        calls.append(number)
+        return {"value": number * number}
+
+    items = [(key(i), i) for i in range(6)]
+    for _ in range(2):
+        job = open_job(spec, tmp_path / "run")
+        with Journal(tmp_path / "j") as journal:
+            job.map("squares", items, square, into=journal)
+            assert [entry["value"] for entry in journal] == [0, 1, 4, 9, 16, 25]
+    assert calls == [0, 1, 2, 3, 4, 5]

@@ -187,6 +187,24 @@ def test_one_unrolled_step_against_finite_differences():
     torch.testing.assert_close(grad[1, 4], slope.detach(), rtol=1e-3, atol=1e-9)
 
 
+def test_one_inner_step_has_the_gradient_of_the_constant_memory_formula():
+    """Sheet 10.7: for N = 1 TESLA's gradient, d/dx of 2 (lr c + lr^2 G) . g, is exact."""
+    generator = torch.Generator().manual_seed(1)
+    net = torch.nn.Linear(6, 3).double()
+    theta, target = (torch.randn(21, generator=generator).double() for _ in range(2))
+    images = torch.randn(2, 6, generator=generator).double().requires_grad_()
+    labels, lr = torch.tensor([1, 2]), 0.3
+    start = theta.clone().requires_grad_()
+    last = unrolled(net, start, images, labels, [torch.arange(2)], lr)[-1]
+    (whole,) = torch.autograd.grad(trajectory_distance(last, target, theta), images)
+
+    start = theta.clone().requires_grad_()
+    slope = (start - unrolled(net, start, images, labels, [torch.arange(2)], lr)[-1]) / lr
+    way = target - theta
+    product = 2 * (lr * way + lr**2 * slope.detach()) @ slope / (way @ way)
+    torch.testing.assert_close(torch.autograd.grad(product, images)[0], whole)
+
+
 def test_trajectory_distance_properties():
     generator = torch.Generator().manual_seed(0)
     start, target, other = (torch.randn(20, generator=generator) for _ in range(3))

@@ -5,9 +5,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from stillhouse.engine.checkpoint import read_state
+from stillhouse.engine.job import Each
 from stillhouse.errors import CheckpointError, ModelError
+from stillhouse.launch import open_job
 from stillhouse.models.convnet import ConvNet
 from stillhouse.parts.net_pool import NetPool
+from stillhouse.recipe import load_recipe
+from stillhouse.stages.supervised import Supervised
 
 
 def factory() -> nn.Module:
@@ -80,3 +85,22 @@ def test_bad_pools_are_told():
         NetPool(factory).load(0)
     with pytest.raises(CheckpointError, match="checkpoint 0 does not fit"):
         NetPool(factory, [{"weight": torch.ones(1)}]).load(0)
+
+
+def test_snapshots_of_a_training_are_copies_and_serve_as_checkpoints(tmp_path):
+    """On a CPU a detached parameter is the live one: snapshots must not all be the last state."""
+    recipe = {
+        "method": "supervised",
+        "data": {"name": "generated", "options": {"kind": "images", "shape": [3, 8, 8]}},
+        "student": {"model": "stillhouse:convnet", "options": {"width": 4, "depth": 2}},
+        "budget": {"epochs": 2, "batch": 16, "lr": 0.1, "optimizer": "sgd"},
+    }
+    job = open_job(load_recipe(recipe), tmp_path)
+    net = job.student()
+    fit = job.fit("expert", Supervised(net, job.task), job.order(), keep=Each(1))
+    states = [read_state(path) for path in fit.snapshots]
+    assert len(states) == 3, "the initial state and one per epoch"
+    weights = [s["classifier.weight"] for s in states]
+    assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    pool = NetPool(lambda: ConvNet(3, 4, 8, width=4, depth=2), states)
+    assert same(pool.load(2), net.module)

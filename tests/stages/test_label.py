@@ -80,9 +80,12 @@ def test_what_answers_tells_journals_apart(tmp_path):
         name(serve={"rule": "tests.teachers.rules:upper"}),
         name(**here),
         name(**here, model="other"),
-        name(serve=None, base_url="http://127.0.0.1:2/v1"),
+        name(**here, model=None),
+        name(serve=None, base_url="http://127.0.0.1:2/v1", model=None),
     ]
     assert len(set(names)) == len(names)
+    # A server that has a name may move.
+    assert name(**here) == name(serve=None, base_url="http://127.0.0.1:2/v1")
     # What changes no answer: failures and delays of the server, and how we ask.
     assert name() == name(concurrency=3, timeout=5.0)
     assert name(serve={"rule": RULE}) == name(

@@ -146,6 +146,17 @@ def test_the_released_way_needs_a_tokenizer(words):
         words.predict([TEXT], released=True)
 
 
+def test_tokens_are_counted_as_asked(published, words):
+    estimate, encoder = (
+        published.predict(["It is Ada"], rate=1.0, counter=c)[0]["origin_tokens"]
+        for c in ("estimate", "encoder")
+    )
+    assert estimate == 3
+    assert encoder == len(published.reader.read("It is Ada").pieces) > 3
+    with pytest.raises(RecipeError, match="tiktoken:MODEL"):
+        words.predict(["x"], counter="gpt-4")
+
+
 def test_options_are_checked():
     assert compression_of({"rate": 0.3, "force_tokens": "."}).force_tokens == ["."]
     with pytest.raises(RecipeError, match="did you mean 'rate'"):

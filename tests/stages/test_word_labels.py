@@ -109,13 +109,13 @@ def test_the_filter_finds_the_violations(tmp_path):
 
 def test_answers_that_were_cut_off_are_left_out(tmp_path):
     job = open_recipe(tmp_path, violations=0.0)
-    how = Shortening(max_tokens=13)
+    how = Shortening(max_tokens=11)
     chunks = cut_texts(texts_of(job.splits["train"])[0], how)
     figures = ask_to_shorten(job, "compress", chunks, how)
     labelled = align_words(job, "align", chunks, how)
     assert figures["flagged"]["length"] > 0
     assert 0 < len(labelled) < len(chunks)
-    assert all(len(one.shortened.split()) <= 13 for one in labelled)
+    assert all(len(one.shortened.split()) <= 11 for one in labelled)
 
 
 def test_scores_that_know_the_labels_are_judged_perfect(tmp_path):

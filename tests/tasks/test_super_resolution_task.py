@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from stillhouse.batch import Splits
 from stillhouse.data import open_data
 from stillhouse.data.image_files import decode_image
 from stillhouse.errors import DataError, ModelError
@@ -123,6 +124,16 @@ def test_fitting_networks_pass_and_keep_their_mode(folder: Path) -> None:
     task.check(net, None)
     assert net.training
     assert task.example_view().shape == (1, 3, 16, 16)
+
+
+def test_example_is_a_patch_also_where_there_are_only_whole_images(folder: Path) -> None:
+    splits = task_of(folder, patch=32, held_out_test=3, held_out=0).splits
+    alone = Splits({"test": splits.judging()["test"]}, "whole", splits.about)
+    task = SuperResolution(alone)
+    assert max(task.example_view().shape[2:]) <= 32
+    task.check(task.net(IMDN(8, 1, 2)), None)
+    with pytest.raises(ModelError, match="give network and data the same scale"):
+        task.check(task.net(IMDN(8, 1, 3)), None)
 
 
 def judged(folder: Path, module: nn.Module, tmp_path: Path, split: str) -> dict[str, float]:

@@ -77,7 +77,7 @@ def test_violations_come_in_bursts_at_the_rate_asked_for():
 
 
 def test_a_request_is_answered_for_the_text_in_its_tags():
-    message = {"role": "user", "content": "Shorten this.\n<text>\nthe old cat\n</text>"}
-    assert compress([message], {}, violations=0.0) == "old cat"
-    assert compress([{"role": "user", "content": "the old cat"}], {}, violations=0.0) == "old cat"
+    message = {"role": "user", "content": "Shorten this.\n<text>\nthe red cat\n</text>"}
+    assert compress([message], {}, violations=0.0) == "red cat"
+    assert compress([{"role": "user", "content": "the red cat"}], {}, violations=0.0) == "red cat"
     assert not re.search(r"\s", compress([], {}))

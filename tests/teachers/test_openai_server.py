@@ -59,9 +59,9 @@ def test_the_tool_runs_alone_from_a_checkout_and_serves_the_deleting_rule():
         line = process.stdout.readline()
         assert line.startswith("listening on http://127.0.0.1:")
         url = line.split()[-1]
-        status, reply = post(url + "/chat/completions", say(enclose("the old cat")))
+        status, reply = post(url + "/chat/completions", say(enclose("the red cat")))
         assert status == 200
-        assert reply["choices"][0]["message"]["content"] == "old cat"
+        assert reply["choices"][0]["message"]["content"] == "red cat"
         assert reply["choices"][0]["finish_reason"] == "stop"
         assert reply["usage"]["total_tokens"] == 5 + 2
         with urllib.request.urlopen(url + "/models") as models:

@@ -24,7 +24,7 @@ from stillhouse.bench.statistics import (
 from stillhouse.engine.checkpoint import write_atomic
 from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
 from stillhouse.method import Claim, Method
-from stillhouse.recipe import Recipe, load_recipe
+from stillhouse.recipe import Recipe, load_recipe, recipe_ids
 
 SCORE = "score.json"
 # What a recipe says that a side's figures do not depend on, or that the bench itself sets.
@@ -186,10 +186,16 @@ def command_of(
 
 
 def _as_recipe(method_id: str, recipe: Any, overrides: Sequence[str]) -> Recipe:
-    chosen = load_recipe(method_id if recipe is None else recipe, overrides)
+    chosen = load_recipe(_default(method_id) if recipe is None else recipe, overrides)
     if chosen.method != method_id:
         raise RecipeError(f"the recipe is one of '{chosen.method}', not of '{method_id}'")
     return chosen
+
+
+def _default(method_id: str) -> str:
+    """The method's recipe for comparisons, `<id>-bench`, where it has one; else its own."""
+    own = f"{method_id}-bench"
+    return own if own in recipe_ids() else method_id
 
 
 def _side(name: str, recipe: Recipe, home: Path) -> Side:

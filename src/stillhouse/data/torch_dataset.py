@@ -49,7 +49,9 @@ class DatasetSource:
         for index in {0, len(self) // 2, len(self) - 1}:
             for value in self[index, Generator().manual_seed(0)].values():
                 if isinstance(value, Tensor):
-                    digest.update(value.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+                    digest.update(
+                        value.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+                    )
                 else:
                     digest.update(repr(value).encode())
         return digest.hexdigest()[:32]

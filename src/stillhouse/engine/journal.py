@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from stillhouse.errors import CheckpointError, RunFolderError
 from stillhouse.teacher import Reply, Request
 
 _KEY_BYTES = 64
+_FSYNC_SECONDS = 2.0
 
 
 class Price(NamedTuple):
@@ -54,33 +56,35 @@ class Account(NamedTuple):
 class Journal:
     """Answers on disk by key, appended one line at a time.
 
-    Attributes:
-        path: the JSONL file.
-        uncertain: keys that were on their way when the last writer died: those requests
-            may be sent twice, at most as many as were in flight at once.
-        torn: a half-written last line was dropped on opening.
-
     Memory holds one key and one file position per line; answers are read back when asked
     for. Iteration goes in key order, so what is made from a journal does not depend on the
     order in which answers arrived.
 
     Args:
         path: the JSONL file; made when absent, its folder too.
-        fsync_every: lines between two synchronisations to disk (each line is flushed to the
-            operating system at once, which survives a killed process, not a power cut).
+        fsync_every: lines between two synchronisations to disk; seconds count too, so that
+            slow answers are synchronised one by one (each line is flushed to the operating
+            system at once, which survives a killed process, not a power cut).
         write: False opens it for reading only: no lock, no file is made or changed.
+
+    Attributes:
+        path: the JSONL file.
+        uncertain: keys that were on their way when the last writer died: those requests
+            may be sent twice, at most as many as were in flight at once.
+        torn: a half-written last line was dropped on opening.
 
     Raises:
         RunFolderError: another process is writing to it.
         CheckpointError: a line in the middle is damaged.
     """
 
-    def __init__(self, path: str | Path, *, fsync_every: int = 64, write: bool = True) -> None:
+    def __init__(self, path: str | Path, *, fsync_every: int = 256, write: bool = True) -> None:
         self.path = Path(path)
         self.uncertain: tuple[str, ...] = ()
         self.torn = False
         self._fsync_every = max(1, fsync_every)
         self._unsynced = 0
+        self._synced = time.monotonic()
         self._places: dict[str, int] = {}
         self._used = [0, 0, 0.0, 0]  # prompt and completion tokens, seconds, attempts
         self._lock: IO[str] | None = None
@@ -167,12 +171,12 @@ class Journal:
             raise CheckpointError(f"{self.path}: the entry at byte {place} no longer reads")
         return entry
 
-    def put(self, key: str, **entry: Any) -> None:
+    def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Append an entry under `key` and flush it; the item counts as done afterwards.
 
         Args:
             key: 64 hexadecimal digits (sha256).
-            entry: anything JSON can hold. `usage`, `latency` and `attempts` enter the account.
+            value: fields JSON can hold. `usage`, `latency` and `attempts` enter the account.
 
         Raises:
             CheckpointError: the journal is open for reading only, or the disk is full.
@@ -183,7 +187,8 @@ class Journal:
             raise CheckpointError(f"a journal key has 64 characters, got {len(key)}: {key!r}")
         if key in self._places:
             return
-        line = _line({"key": key, **entry})
+        entry = {"key": key, **value}
+        line = _line(entry)
         try:
             _write_whole(self._out, line)
         except OSError as error:
@@ -194,11 +199,12 @@ class Journal:
                 f"{self.path}: an answer could not be written ({error.strerror or error}); "
                 "everything before it is kept. Make room and run again"
             ) from error
-        self._index({"key": key, **entry}, self._end)
+        self._index(entry, self._end)
         self._end += len(line)
         self._unsynced += 1
-        if self._unsynced >= self._fsync_every:
-            self.sync()
+        late = time.monotonic() - self._synced >= _FSYNC_SECONDS
+        if late or self._unsynced >= self._fsync_every:
+            self.flush()
 
     def put_reply(
         self,
@@ -218,19 +224,20 @@ class Journal:
             attempts: tries it took.
             key: `request.key(draw)` where the caller has it already.
         """
-        self.put(
-            key or request.key(draw),
-            record=request.record,
-            draw=draw,
-            request=request.canonical(),
-            text=reply.text,
-            finish_reason=reply.finish_reason,
-            usage=dict(reply.usage),
-            latency=round(reply.latency, 4),
-            attempts=attempts,
-            raw=dict(reply.raw),
-            **({} if reply.logprobs is None else {"logprobs": reply.logprobs}),
-        )
+        value = {
+            "record": request.record,
+            "draw": draw,
+            "request": request.canonical(),
+            "text": reply.text,
+            "finish_reason": reply.finish_reason,
+            "usage": dict(reply.usage),
+            "latency": round(reply.latency, 4),
+            "attempts": attempts,
+            "raw": dict(reply.raw),
+        }
+        if reply.logprobs is not None:
+            value["logprobs"] = reply.logprobs
+        self.put(key or request.key(draw), value)
 
     def reply(self, key: str) -> Reply:
         """The reply written under `key`.
@@ -280,15 +287,16 @@ class Journal:
             cost=(prompt * price.prompt + completion * price.completion) / 1e6,
         )
 
-    def sync(self) -> None:
+    def flush(self) -> None:
         """Force what was written onto the disk."""
         if self._out >= 0 and self._unsynced:
             os.fsync(self._out)
         self._unsynced = 0
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Synchronise and release the lock; afterwards nothing can be read or written."""
-        self.sync()
+        self.flush()
         if self._out >= 0:
             os.close(self._out)
             self._out = -1

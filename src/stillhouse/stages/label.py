@@ -84,9 +84,9 @@ def server_settings(serve: Any) -> dict[str, Any]:
 def speaker_name(recipe: Any) -> str:
     """What tells one speaker's answers from another's: 20 hexadecimal digits.
 
-    The address does not enter, for a server may move; the model's name, the fingerprint that
-    the recipe gives, and what a server of our own answers from (the code of a rule included)
-    do.
+    The model's name enters, the fingerprint that the recipe gives, and what a server of our
+    own answers from (the code of a rule included). The address enters only where neither name
+    nor fingerprint is given: a server may move, and what it has answered stays paid for.
     """
     spec, teacher = endpoint_of(recipe), recipe.teacher
     facts: dict[str, Any] = {"model": spec.model, "fingerprint": teacher.fingerprint}
@@ -97,7 +97,7 @@ def speaker_name(recipe: Any) -> str:
             facts["code"] = _hash(_source_of(serve.rule))
         if serve.replay is not None:
             facts["replay"] = _hash(Path(serve.replay))
-    elif teacher.fingerprint is None:
+    elif teacher.fingerprint is None and "model" not in spec.model_fields_set:
         facts["base_url"] = spec.base_url
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

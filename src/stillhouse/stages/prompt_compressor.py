@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,7 @@ class PromptCompressor(Predictor):
         "released": "the released way: tokenise, detokenise, merge",
         "released_specials": "with released: [CLS] and [SEP] whatever the encoder (default true)",
         "labels": "give every word with its flag",
+        "counter": "what counts tokens: estimate (default), encoder, or tiktoken:MODEL",
     }
 
     def __init__(self, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
@@ -150,6 +152,7 @@ class PromptCompressor(Predictor):
         labels = bool(options.pop("labels", False))
         released = bool(options.pop("released", self.settings.get("released", False)))
         specials = bool(options.pop("released_specials", True))
+        count = self._counter(str(options.pop("counter", "estimate")))
         settings = compression_of({"rate": self.settings["rate"], **options})
         prompts = [[entry] if isinstance(entry, str) else list(entry) for entry in inputs]
         route: Route[Any] = (
@@ -157,8 +160,32 @@ class PromptCompressor(Predictor):
             if released
             else _Prepared(SurfaceRoute(self.reader, self._score_rows, settings), prompts)
         )
-        found = [compress(prompt, route, settings, count_tokens) for prompt in prompts]
+        found = [compress(prompt, route, settings, count) for prompt in prompts]
         return [_answer(one, labels) for one in found]
+
+    def _counter(self, name: str) -> Callable[[str], int]:
+        """What counts the tokens of a text.
+
+        Raises:
+            RecipeError: no such counter.
+            MissingExtra: tiktoken is not installed.
+        """
+        if name == "estimate":
+            return count_tokens
+        if name == "encoder":
+            return lambda text: len(self.reader.read(text).offsets)
+        kind, _, model = name.partition(":")
+        if kind != "tiktoken" or not model:
+            raise RecipeError(
+                f"counter is estimate, encoder or tiktoken:MODEL (such as tiktoken:gpt-4), "
+                f"got {name!r}"
+            )
+        try:
+            tiktoken = import_module("tiktoken")
+        except ImportError as error:
+            raise MissingExtra("tiktoken", "language", "to count tokens") from error
+        encoding = tiktoken.encoding_for_model(model)
+        return lambda text: len(encoding.encode(text, disallowed_special=()))
 
     def word_scores(self, texts: Sequence[str]) -> list[list[float]]:
         """Keep probability of every word of `split_words`, per text."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stillhouse.batch import Splits
 from stillhouse.errors import ModelError
 from stillhouse.losses.sequence import token_cross_entropy
 from stillhouse.metrics.tagging import TokenFigures
@@ -40,10 +41,21 @@ class TokenClassification(Task):
 
     Rows of the data are texts (a view "text"); methods make training rows of them: "x"
     (B, L) or (B, L, c) int64 and `target` (B, L) int64 with -100 where there is no label.
+
+    Attributes:
+        row: (1, L) or (1, L, c), left by the method that made rows, to measure size and speed.
     """
 
     name: ClassVar[str] = "token-classification"
     main_metric: ClassVar[str] = "auc"
+
+    def __init__(self, splits: Splits) -> None:
+        super().__init__(splits)
+        self.row: Tensor | None = None
+
+    def example_view(self, view: str = "x") -> Any:
+        """A row as the student reads it, once a method has made rows; else None."""
+        return self.row
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
         """Wrap a token classifier."""

@@ -269,7 +269,7 @@ class _Asking:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.journal.sync()
+            self.journal.flush()
             self.tally.seconds = time.perf_counter() - start
         return self.tally
 

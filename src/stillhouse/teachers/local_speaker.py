@@ -44,6 +44,7 @@ class LocalSpeaker:
             ModelError: it cannot be loaded.
         """
         transformers = _transformers()
+        path = _place(path)
         extra = _gguf(path)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
@@ -162,6 +163,7 @@ class LocalEncoder:
             ModelError: it cannot be loaded.
         """
         transformers = _transformers()
+        path = _place(path)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
@@ -191,6 +193,13 @@ def _transformers() -> Any:
     except ImportError as error:
         raise MissingExtra("transformers", "language", "to load a text model") from error
     return transformers
+
+
+def _place(name: str) -> str:
+    """A folder as it stands; else the model of that hub id on this machine, else the id."""
+    from stillhouse.models.loading import find_folder
+
+    return name if Path(name).is_dir() else str(find_folder(name) or name)
 
 
 def _gguf(path: str) -> dict[str, str]:

@@ -40,6 +40,7 @@ from stillhouse.objective import Objective
 from stillhouse.parts.prompt_compression import Compression, cut_reading
 from stillhouse.parts.text_reader import TextReader
 from stillhouse.parts.text_spans import lemma, spread_labels, word_of_pieces
+from stillhouse.stages.label import dry_run
 from stillhouse.stages.prompt_compressor import PromptCompressor, reader_of
 from stillhouse.stages.word_labels import (
     Commas,
@@ -52,6 +53,7 @@ from stillhouse.stages.word_labels import (
     filter_words,
     judge_scores,
     judged_words,
+    question,
     texts_of,
 )
 from stillhouse.teacher import Knowledge
@@ -403,6 +405,7 @@ class LLMLingua2(Method):
         budget, config = job.budget, self.config
         train = self.rows(ours, reader, "train")
         held = self.rows(theirs, reader, "val") if theirs else None
+        job.task.row = train.views["x"][:1]
         best = budget.select == "best" and held is not None
         job.fit(
             "tagger",
@@ -502,6 +505,20 @@ class LLMLingua2(Method):
             ],
             "texts": [{"title": f"Example {n}", "text": t} for n, t in enumerate(texts, 1)],
         }
+
+    def forecast(self, job: Any) -> dict[str, Any]:
+        """What labelling would come to: requests, tokens, money; nothing is sent."""
+        how = self.shortening()
+        texts = [
+            text
+            for split in ("train", "val")
+            if split in job.splits
+            for text in texts_of(job.splits[split])[0]
+        ]
+        chunks = cut_texts(texts, how)
+        asks = (question(part.text, how) for part in chunks)
+        plan = dry_run(job, asks, limit=how.limit, shard=how.shard)
+        return {"labelling": {"texts": len(texts), "chunks": len(chunks), **vars(plan)}}
 
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:
