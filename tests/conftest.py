@@ -8,8 +8,12 @@ import os
 import pathlib
 from typing import Any
 
-import numpy as np
-import pytest
+# Exactness holds at one thread count, and many small tests run slower on more than one: set
+# before torch is imported, and passed on to every process a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
 MATCHED: dict[str, set[str]] = collections.defaultdict(set)

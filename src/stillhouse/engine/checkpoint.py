@@ -89,7 +89,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], seen: set[int], where: str) 
 def _decode(shape: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, value),) = shape.items()
     if kind == "t":
-        return tensors[value]
+        # A copy of its own: views into the file's bytes lie at odd addresses, where kernels may
+        # add in another order, and a resumed run would differ in the last bit.
+        return tensors[value].clone()
     if kind == "v":
         return value
     if kind == "f":
