@@ -12,8 +12,8 @@ from typing import Any
 # before torch is imported, and passed on to every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
 MATCHED: dict[str, set[str]] = collections.defaultdict(set)
