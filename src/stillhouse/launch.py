@@ -350,13 +350,15 @@ def default_folder(recipe: Recipe) -> Path:
 def guard_folder(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
     """Refuse a folder that holds another recipe's run, naming the fields.
 
+    A run that failed before its first stage left nothing to protect: its recipe is replaced.
+
     Raises:
         RunFolderError: the recipe was changed and no stage is to be redone.
     """
     path = folder / "recipe.yaml"
     if path.exists():
         changed = differences(load_recipe(path), recipe)
-        if changed and not redo:
+        if changed and not redo and _begun(folder):
             raise RunFolderError(
                 f"{folder} holds a run of another recipe; changed: {', '.join(changed)}. "
                 "Give another --folder, or --redo STAGE to run that stage and all after it again"
@@ -364,6 +366,12 @@ def guard_folder(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
         if not changed:
             return
     write_atomic(path, dump_recipe(recipe).encode())
+
+
+def _begun(folder: Path) -> bool:
+    """Whether any stage of a run, or of its sides, has left something in the folder."""
+    places = [folder / "stages", folder / "sides"]
+    return any(file.is_file() for place in places for file in place.rglob("*"))
 
 
 # ---- sides ---------------------------------------------------------------------------------

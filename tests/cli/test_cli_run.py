@@ -117,6 +117,12 @@ def test_what_cannot_be_is_told_before_any_training(
     assert not list(Path().glob("r/stages/*/finished.state"))
 
 
+def test_a_run_that_failed_before_its_first_stage_leaves_the_folder_free(call, small: Path) -> None:
+    assert call("run", str(small), "-o", "data.options.kid=x", "--folder", "r").code == 1
+    done = call("run", str(small), "--folder", "r")
+    assert done.code == 0, done.err
+
+
 def test_mistakes_in_the_file_are_told_with_their_lines(call, small: Path) -> None:
     text = small.read_text().replace("steps: 4", "steps: four").replace("widths:", "widths: ", 1)
     small.write_text(text)
