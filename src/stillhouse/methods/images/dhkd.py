@@ -307,27 +307,25 @@ class DHKD(StudentTraining):
         Claim("beats the student alone at equal steps", "accuracy", "dhkd", "supervised"),
         Claim("beats knowledge distillation", "accuracy", "dhkd", "kd"),
         Claim(
-            "at the published weights, CE + BinaryKL on one head fall below CE alone",
+            "cross-entropy and BinaryKL on one head fall below cross-entropy alone",
             "accuracy",
-            "dhkd/single-binary-published",
+            "dhkd/single-binary",
             "supervised",
             "lower",
         ),
         Claim(
-            "at the published weights, CE + BinaryKL on one head fall below BinaryKL alone",
+            "cross-entropy and BinaryKL on one head fall below BinaryKL alone",
             "accuracy",
-            "dhkd/single-binary-published",
+            "dhkd/single-binary",
             "dhkd/binary-only",
             "lower",
         ),
         Claim(
-            "at the published weights, the auxiliary head is what makes the logit loss work",
+            "the auxiliary head is what makes the logit loss work",
             "accuracy",
-            "dhkd/published-weights",
-            "dhkd/single-norm-published",
+            "dhkd",
+            "dhkd/single-norm",
         ),
-        Claim("two heads beat one with BinaryKL", "accuracy", "dhkd", "dhkd/single-binary"),
-        Claim("two heads beat one with BinaryKL-Norm", "accuracy", "dhkd", "dhkd/single-norm"),
         Claim("gradient alignment adds to it", "accuracy", "dhkd", "dhkd/no-alignment"),
         Claim(
             "BinaryKL-Norm beats the softmax loss on the auxiliary head",
@@ -340,6 +338,24 @@ class DHKD(StudentTraining):
             "accuracy",
             "dhkd",
             "dhkd/dual-mse",
+        ),
+        # Formulated after a first bench at the recipe's weight, on whose seeds they are measured:
+        # exploratory until they are shown on other seeds or data.
+        Claim(
+            "post hoc: at the published weights, CE + BinaryKL on one head fall below CE alone",
+            "accuracy",
+            "dhkd/single-binary-published",
+            "supervised",
+            "lower",
+        ),
+        Claim(
+            "post hoc: at the published weights, the auxiliary head makes the logit loss work",
+            "accuracy",
+            "dhkd/published-weights",
+            "dhkd/single-norm-published",
+        ),
+        Claim(
+            "post hoc: two heads beat one with BinaryKL", "accuracy", "dhkd", "dhkd/single-binary"
         ),
     ]
 
