@@ -35,6 +35,7 @@ def distill(
     classes: Sequence[str] | int | None = None,
     settings: Mapping[str, Any] | None = None,
     taps: Mapping[str, str] | None = None,
+    store: bool | Path | str | Mapping[str, Any] | None = None,
     compare: Sequence[str] = ("supervised",),
     seed: int = 0,
     seeds: int = 1,
@@ -56,6 +57,8 @@ def distill(
         classes: names or number of classes.
         settings: of the method.
         taps: alias to module path of the student.
+        store: keep the teacher's outputs on disk: True, a folder, or the settings of a recipe's
+            `teacher.store` (`{"draws": 4}` for augmented data).
         compare: what is run beside, at equal steps.
         seed: of everything random.
         seeds: how many seeds are run.
@@ -84,6 +87,9 @@ def distill(
     }
     if task is not None:
         spec["task"] = task
+    if store is not None and store is not False:
+        kept = str(store) if isinstance(store, Path) else store
+        spec["teacher"] = {"model": GIVEN, "store": kept}
     recipe = load_recipe(spec)
     names = classes if isinstance(classes, int) or classes is None else list(classes)
     given = Given(student=student, teacher=teacher, splits=splits_of(train, val, test, names))

@@ -126,7 +126,8 @@ class Batch(dict[str, Any]):
 
 def _take(value: Any, rows: Tensor) -> Any:
     if isinstance(value, Tensor):
-        return value if value.ndim == 0 else value[rows.to(value.device)]
+        # Half the time of `value[rows]`, which steps of a millisecond feel.
+        return value if value.ndim == 0 else value.index_select(0, rows.to(value.device))
     if isinstance(value, Batch):
         return value.select(rows)
     if isinstance(value, list):
@@ -232,7 +233,7 @@ class TensorSource:
         return int(self.ids[index])
 
     def _gather(self, rows: Tensor) -> Batch:
-        batch = Batch(id=self.ids[rows])
+        batch = Batch(id=_take(self.ids, rows))
         for name, value in self.views.items():
             taken = _take(value, rows)
             if self.scale and isinstance(taken, Tensor) and taken.dtype == torch.uint8:

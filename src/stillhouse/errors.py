@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -72,6 +71,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     Returns:
         `"; did you mean 'a' or 'b'?"`, or `"; known: a, b, c"` when nothing is near.
     """
+    import difflib  # needed for mistakes only, and 4 ms of every start
+
     options = sorted(set(known))
     close = difflib.get_close_matches(name, options, n=count, cutoff=0.5)
     if close:

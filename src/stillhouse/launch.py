@@ -137,26 +137,30 @@ class RecipeModels:
         return self._teachers[key]
 
     def _teacher(self, job: Job, role: str, otherwise: Callable[[Job], Net] | None) -> Teacher:
-        given, spec = self.given.teacher, self.recipe.teacher
-        if given is not None and not isinstance(given, nn.Module):
-            return given  # type: ignore[no-any-return]
-        if isinstance(given, nn.Module):
-            net = given if isinstance(given, Net) else job.task.net(given, {})
-            self._check_teacher(job, net.to(job.device))
-            return self._live(job, net)
-        if spec is None:
-            if otherwise is None:
-                raise RecipeError(
-                    f"'{self.recipe.method}' needs a teacher and the recipe names none; "
-                    "add teacher: {model: ..., weights: ...} or another source of knowledge"
-                )
+        spec = self.recipe.teacher
+        if self.given.teacher is not None:
+            teacher = self._handed_in(job, self.given.teacher)
+        elif spec is not None:
+            teacher = self._from_spec(job, spec, role)
+        elif otherwise is not None:
             return self._live(job, otherwise(job))
-        teacher = self._from_spec(job, spec, role)
-        if spec.store is not None and spec.source != "store":
+        else:
+            raise RecipeError(
+                f"'{self.recipe.method}' needs a teacher and the recipe names none; "
+                "add teacher: {model: ..., weights: ...} or another source of knowledge"
+            )
+        if spec is not None and spec.store is not None and spec.source != "store":
             from stillhouse.stages.capture import captured
 
             teacher = captured(job, teacher, spec.store)
         return teacher
+
+    def _handed_in(self, job: Job, given: nn.Module | Teacher) -> Teacher:
+        if not isinstance(given, nn.Module):
+            return given
+        net = given if isinstance(given, Net) else job.task.net(given, {})
+        self._check_teacher(job, net.to(job.device))
+        return self._live(job, net)
 
     def _from_spec(self, job: Job, spec: TeacherSpec, role: str) -> Teacher:
         if spec.source == "model":
@@ -702,6 +706,8 @@ def _store_saving(recipe: Recipe, job: Job, share: float | None) -> float | None
     """
     if share is None or "train" not in job.splits:
         return None
+    if recipe.teacher is not None and recipe.teacher.store is not None:
+        return None
     rows, budget = len(job.splits["train"]), recipe.budget
     epochs = budget.epochs or (budget.steps or 0) * budget.batch / rows
     return share * (1.0 - 1.0 / epochs) if epochs > 1 else 0.0
@@ -773,7 +779,7 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
         task.check(student, None)
         found["models"]["student"] = _model_plan(student, recipe.student)
     teacher = recipe.teacher
-    if teacher is not None and teacher.model is not None:
+    if teacher is not None and teacher.model is not None and given.teacher is None:
         net = RecipeModels(recipe, given)._net(job, teacher, "teacher")
         task.check(None, net)
         found["models"]["teacher"] = _model_plan(net, teacher)

@@ -191,7 +191,8 @@ class Net(nn.Module):
         return out
 
     def _call(self, view: Any) -> Any:
-        if isinstance(view, Mapping):
+        # A tensor is asked for first: the test for a mapping is slow.
+        if not isinstance(view, Tensor) and isinstance(view, Mapping):
             return self.module(**view)
         return self.module(view)
 

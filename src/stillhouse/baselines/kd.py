@@ -65,11 +65,12 @@ class KDObjective(Objective):
             terms.update({name: (1 - alpha) * value for name, value in task.items()})
         if alpha > 0:
             found = self.divergence(out["logits"], knowledge["logits"], knowledge.valid)
-            terms["logits"] = alpha * found
+            # One product, not two: on small steps each operation is felt.
+            terms["logits"] = alpha * self.config.temperature**2 * found
         return terms
 
     def divergence(self, student: Tensor, teacher: Any, valid: Tensor | None = None) -> Tensor:
-        """The divergence, multiplied by the squared temperature.
+        """The divergence at the temperature, before the factor of the temperature squared.
 
         Args:
             student: (B, K) logits.
@@ -87,7 +88,7 @@ class KDObjective(Objective):
             refuse_kept(config, teacher.temperature)
             # a store that forgot the rest says so by a rest of log 0, which adds nothing
             tail: Tail = "tail" if teacher.weights is None else "sample"
-            return topk_kl(student, teacher, tail=tail, mask=valid)
+            return topk_kl(student, teacher, tail=tail, mask=valid, scale=False)
         return kl(
             student,
             teacher,
@@ -96,6 +97,7 @@ class KDObjective(Objective):
             beta=config.beta,
             skew=config.skew,
             mask=valid,
+            scale=False,
         )
 
 

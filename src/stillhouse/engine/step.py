@@ -22,12 +22,14 @@ from stillhouse.clock import Clock, Views, generator, seed_of
 from stillhouse.engine import sharding
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
+from stillhouse.engine.profile import StepProfile
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.objective import Count, Objective
 from stillhouse.teacher import Knowledge, Teacher
 
 Factory = Callable[[Iterable[Any]], Optimizer]
 Schedule = Callable[[Clock], float]
+_WHOLE = [{"": 1.0}]
 Grads = Callable[..., list[list[Tensor | None]]]
 
 
@@ -151,6 +153,7 @@ class Training:
         log_every: int = 50,
         ema: float | None = None,
         prefetch: int = 0,
+        profile: StepProfile | None = None,
     ) -> None:
         self.objective, self.order, self.teacher = objective, order, teacher
         self.hardware, self.log, self.stage = hardware, log, stage
@@ -192,6 +195,7 @@ class Training:
         )
         self.ema_decay = ema or 0.0
         self._reader = _ReadAhead(self, prefetch) if prefetch else None
+        self.profile = profile
 
     def _refuse_what_cannot_be(self, ema: float | None) -> None:
         if self.sharded and (ema is not None or self.hardware.precision == "16-mixed"):
@@ -292,14 +296,24 @@ class Training:
 
     def __call__(self, _: Any, clock: Clock) -> None:
         """One step; the body of the loop."""
+        profile = self.profile
+        if profile is not None:
+            profile.begin()
         rows = self._next_rows(clock)
         objective = self.objective
-        objective.scratch = {}
+        if objective.scratch:
+            objective.scratch = {}
         objective.before_step(clock)
+        if profile is not None:
+            profile.lap("engine")
         batch = self._read(rows, clock)
+        if profile is not None:
+            profile.lap("data")
         if type(objective).prepare is not Objective.prepare:
             with torch.no_grad():
                 batch = objective.prepare(batch, clock)
+            if profile is not None:
+                profile.lap("prepare")
         micro = batch.split(self.accumulate)
         shares = self._shares(micro)
         accepted = shares is not None
@@ -321,8 +335,12 @@ class Training:
             self._move_ema()
         else:
             self._refused += 1
+        if profile is not None:
+            profile.lap("engine")
         self._keep(terms, clock)
         self._advance(clock)
+        if profile is not None:
+            profile.lap("log")
 
     def _next_rows(self, clock: Clock) -> Rows:
         if self._rows_epoch != clock.epoch:
@@ -361,8 +379,12 @@ class Training:
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, float]] | None:
         """What part of the step's mean each micro-batch holds, by term; None: refuse."""
-        counts = [_by_name(self.objective.count(part)) for part in micro]
-        if len(counts) == 1 and self.hardware.world == 1:
+        alone = len(micro) == 1 and self.hardware.world == 1
+        first = self.objective.count(micro[0])
+        if alone and isinstance(first, int):
+            return _WHOLE if first > 0 else None
+        counts = [_by_name(first), *(_by_name(self.objective.count(part)) for part in micro[1:])]
+        if alone:
             shares = {name: float(count > 0) for name, count in counts[0].items()}
             return [shares] if any(shares.values()) else None
         names = sorted({name for count in counts for name in count})
@@ -397,14 +419,22 @@ class Training:
                 _add(terms, weighted)
                 if weighted:
                     self._backward(_sum(weighted), params)
+                if self.profile is not None:
+                    self.profile.lap("backward")
             self._reduce(params, terms)
         else:
             self._combined(micro, forward, params, terms)
+            if self.profile is not None:
+                self.profile.lap("backward")
         finite = self._finite(terms, clock)
         accepted = self.objective.after_backward(terms, clock) and finite
         accepted = self.hardware.same(accepted)
+        if self.profile is not None:
+            self.profile.lap("engine")
         if accepted:
             accepted = self._update(params, groups, clock)
+        if self.profile is not None:
+            self.profile.lap("optimiser")
         return terms, accepted
 
     def _terms(
@@ -420,12 +450,18 @@ class Training:
         if not self._on_cpu:
             _seed_device(self.hardware.device, seed_of(self._noise, clock.step, number, clock.turn))
         for part in self.parts:
-            part._slot = number
+            part.begin_slot(number)
         known = knowledge[number]
+        if self.profile is not None:
+            self.profile.lap("engine")
         if known is None:
             known = knowledge[number] = self._ask(micro[number])
+            if self.profile is not None:
+                self.profile.lap("teacher")
         with self.hardware.autocast():
             terms: dict[str, Tensor] = self.module(micro[number], known, clock)
+        if self.profile is not None:
+            self.profile.lap("student forward")
         share = shares[number]
         if len(micro) == 1 and self.hardware.world == 1:
             if len(share) == 1 and "" in share:

@@ -91,6 +91,9 @@ class Captured:
                 "(teacher: {store: {draws: 4}}), or switch them off in data.options"
             )
         self.teacher.bind(wants, task)
+        mover = getattr(self.teacher, "to", None)
+        if mover is not None:
+            mover(self.job.device)
         asked = [w for w in wants if w.field not in ACCESS]
         self._binds += 1
         store = self._store(source, asked)
@@ -223,9 +226,6 @@ class Captured:
                 f"(positions {rows[:3].tolist()}: {batch['id'][:3].tolist()} instead of "
                 f"{ids[rows][:3].tolist()}): a store would mix up its records"
             )
-        mover = getattr(self.teacher, "to", None)
-        if mover is not None:
-            mover(self.job.device)
         # Nothing is differentiated here, so the cheaper mode is safe.
         with torch.inference_mode():
             return self.teacher.knowledge(batch.to(self.job.device))

@@ -1,0 +1,45 @@
+"""E1: what the loop costs beside a bare one."""
+
+from __future__ import annotations
+
+from contest import HOME, Bench, Row, ratios
+
+ROW = "E1"
+ABOUT = """Cost of the engine per step
+Knowledge distillation of two perceptrons (a step of about a millisecond) and of two small CNNs
+(about four), batch 32, data in memory, one thread. Ours runs through `stillhouse.distill` with
+log, checkpoints, NaN guard and progress on; the bare loop has none of these, no loader, and
+indexes the tensors as ours does. The peers read through their own loaders, as their users do;
+torchdistill without log or checkpoints, the Trainer with a log every 50 steps."""
+SHORT, LONG = "1 ms", "4 ms"
+
+
+def measure(bench: Bench) -> Row:
+    """Median over interleaved rounds of the step time in each process's quickest 50 steps."""
+    torchdistill = bench.environment("torchdistill==1.1.5")
+    row = Row({})
+    medians = []
+    for step, limit in ((LONG, 1.03), (SHORT, 1.15)):
+        sides = {
+            "bare": [bench.python, HOME / "sides" / "e1_bare.py", step],
+            "ours": [bench.python, HOME / "sides" / "e1_ours.py", step],
+            "torchdistill": [torchdistill, HOME / "sides" / "e1_torchdistill.py", step],
+            "Trainer": [bench.python, HOME / "sides" / "e1_trainer.py", step],
+        }
+        found = bench.interleaved(sides, 5, warm=False)
+        row.add(f"{step} step / bare loop", ratios(found, "ours", "bare", "s"), f"<= {limit}")
+        for peer in ("torchdistill", "Trainer"):
+            row.add(f"{step} step / {peer}", ratios(found, "ours", peer, "s"), "< 1")
+        medians.append(
+            {"step": step, **{k: f"{_median(v) * 1e3:.2f} ms" for k, v in found.items()}}
+        )
+    row.figures["median over rounds"] = medians
+    row.versions = {
+        **bench.versions(torchdistill, "torchdistill"),
+        **bench.versions(bench.python, "transformers", "accelerate"),
+    }
+    return row
+
+
+def _median(rounds: list[dict[str, float]]) -> float:
+    return sorted(r["s"] for r in rounds)[len(rounds) // 2]

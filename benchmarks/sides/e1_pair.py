@@ -1,0 +1,79 @@
+"""The two pairs of networks, the data and the clock that every side of E1 uses."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+
+BATCH, CLASSES, ROWS = 32, 10, 4096
+ALPHA, TEMPERATURE, RATE, MOMENTUM = 0.9, 4.0, 0.05, 0.9
+STEPS = {"1 ms": 1200, "4 ms": 600}
+BLOCK = 50
+
+
+def asked() -> str:
+    """Which of the two steps: the only argument."""
+    torch.set_num_threads(1)
+    return sys.argv[1]
+
+
+def pair(step: str) -> tuple[nn.Module, nn.Module]:
+    """Teacher and student: perceptrons for the short step, small CNNs for the long one."""
+    torch.manual_seed(0)
+    if step == "1 ms":
+        return _perceptron(256).eval(), _perceptron(64)
+    return _convolutions(8).eval(), _convolutions(5)
+
+
+def _perceptron(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(256, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, CLASSES),
+    )
+
+
+def _convolutions(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, CLASSES),
+    )
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 16, 16) and labels; time does not depend on what they show."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, 1, 16, 16, generator=rng), torch.randint(
+        0, CLASSES, (ROWS,), generator=rng
+    )
+
+
+class Stamps:
+    """Times of the steps: called once in each, at the same place."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def tell(self, **more: object) -> None:
+        """Print the time of a step in the quickest block of 50 after the first four blocks."""
+        marks = self.times[4 * BLOCK :: BLOCK]
+        blocks = [(b - a) / BLOCK for a, b in zip(marks, marks[1:])]
+        print(json.dumps({"s": min(blocks), "blocks": len(blocks), **more}))
