@@ -252,7 +252,9 @@ def _content_hash(name: str, views: Mapping[str, Any], ids: Tensor, augment: Any
         digest.update(key.encode())
         if isinstance(value, Tensor):
             digest.update(str((tuple(value.shape), value.dtype)).encode())
-            digest.update(value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            # The memory itself, not a copy of it: the tensor may be a mapped file of many GB.
+            flat = value.contiguous().cpu().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
         else:
             for entry in value:
                 digest.update(repr(entry).encode())

@@ -111,7 +111,7 @@ class RecipeModels:
         spec = self.recipe.student
         if self.given.student is not None:
             module = copy.deepcopy(self.given.student).to(job.device)
-            return job.task.net(module, spec.taps if spec else {})
+            return self._arranged(job.task.net(module, spec.taps if spec else {}))
         if spec is None:
             raise RecipeError("the recipe names no student; add student: {model: ...}")
         return self._net(job, spec, role)
@@ -125,7 +125,15 @@ class RecipeModels:
                 name, options=spec.options, weights=spec.weights, about=job.task.about
             )
 
-        return job.task.net(job.build(make, role), spec.taps)
+        return self._arranged(job.task.net(job.build(make, role), spec.taps))
+
+    def _arranged(self, net: Net) -> Net:
+        """The net laid out and compiled as the recipe's hardware says; its state keeps its keys."""
+        if self.recipe.hardware.channels_last:
+            net.module.to(memory_format=torch.channels_last)
+        if self.recipe.hardware.compile:
+            net.module.compile()
+        return net
 
     def teacher(
         self, job: Job, role: str, otherwise: Callable[[Job], Net] | None = None
@@ -160,7 +168,7 @@ class RecipeModels:
             return given
         net = given if isinstance(given, Net) else job.task.net(given, {})
         self._check_teacher(job, net.to(job.device))
-        return self._live(job, net)
+        return self._live(job, self._arranged(net))
 
     def _from_spec(self, job: Job, spec: TeacherSpec, role: str) -> Teacher:
         if spec.source == "model":
@@ -299,6 +307,7 @@ def open_job(
     task: Task | None = None,
     stop: StopRequest | None = None,
     redo: tuple[str, ...] = (),
+    profiled: bool = False,
 ) -> Job:
     """A job for a recipe, ready for a method's `run`.
 
@@ -311,10 +320,13 @@ def open_job(
         task: opened by the recipe when not given.
         stop: who listens to signals.
         redo: stages to run again, with all that follow.
+        profiled: trainings measure where a step's time goes.
     """
     given = given or Given()
     hardware = hardware or open_hardware(recipe)
     task = task or open_task(str(recipe.task), open_splits(recipe, given))
+    family = Family(redo)
+    family.profiled = profiled
     return Job(
         recipe,
         task,
@@ -325,7 +337,7 @@ def open_job(
         models=RecipeModels(recipe, given),
         cache=cache_folder(),
         stop=stop,
-        family=Family(redo),
+        family=family,
     )
 
 
@@ -543,6 +555,7 @@ def run(
     folder: Path | None = None,
     progress: bool = True,
     given: Given | None = None,
+    profiled: bool = False,
 ) -> RunResult:
     """Run a recipe to its end, or go on where it was stopped.
 
@@ -552,6 +565,8 @@ def run(
         folder: of the run; see `default_folder`.
         progress: show progress on stderr.
         given: models and data handed in as objects.
+        profiled: trainings of the run itself (not of what it is compared with) measure where a
+            step's time goes; what to do about it is in the summary's `profile`.
 
     Returns:
         The artifact, the figures of all sides, and where everything lies.
@@ -579,7 +594,9 @@ def run(
         try:
             log.write("run", method=recipe.method, seed=recipe.seed, hardware=hardware.describe())
             main = recipe.model_copy(update={"seeds": 1})
-            job = open_job(main, folder, given=given, hardware=hardware, log=log, redo=again)
+            job = open_job(
+                main, folder, given=given, hardware=hardware, log=log, redo=again, profiled=profiled
+            )
             side = _run_job(job)
             result = _conclude(recipe, folder, side, given, progress, began)
         finally:
@@ -691,11 +708,55 @@ def _summary(
         "peak_mb": peak_memory_mb(job.device),
         "teacher_share": share,
         "store_saving": _store_saving(recipe, job, share),
+        "profile": _profile(recipe, job, main.artifact),
         "stages": job.stages,
         "sides": sides,
         "sizes": _sizes(job, main.artifact),
         "details": _details(job, method, main.artifact),
     }
+
+
+def _profile(recipe: Recipe, job: Job, artifact: Artifact) -> list[dict[str, Any]]:
+    """Where the time of each profiled training went, with advice; empty when none was."""
+    from stillhouse.engine.profile import advice
+
+    found = []
+    for stage in job.stages:
+        figures = stage.get("profile")
+        if not figures or not figures["steps"]:
+            continue
+        loop = float(stage["loop_seconds"])
+        share = float(stage["teacher_seconds"]) / loop if loop else 0.0
+        told = advice(
+            figures,
+            store_saving=_store_saving(recipe, job, share) if share else None,
+            workers=recipe.hardware.workers,
+            device=job.device.type,
+            **_probes(recipe, job, artifact, loop),
+        )
+        found.append({"stage": stage["name"], **figures, "advice": told})
+    return found
+
+
+LONG_TRAINING = 300.0
+
+
+def _probes(recipe: Recipe, job: Job, artifact: Artifact, seconds: float) -> dict[str, Any]:
+    """What short probes say of the finished student: layout, and compilation of long trainings."""
+    from stillhouse.engine import probe
+
+    net = artifact.module
+    if not isinstance(net, Net) or "train" not in job.splits:
+        return {}
+    rows = torch.arange(min(recipe.budget.batch, len(job.splits["train"])))
+    batch = job.order(shuffle=False).read(rows, job.views()).to(job.device)
+    view = batch.view(job.task.views()[0] if net.view == "x" else net.view)
+    found: dict[str, Any] = {}
+    if not recipe.hardware.channels_last:
+        found["layout"] = probe.channels_last(net, view)
+    if not recipe.hardware.compile and seconds >= LONG_TRAINING:
+        found["compiled"] = probe.compiled(net, view)
+    return found
 
 
 def _store_saving(recipe: Recipe, job: Job, share: float | None) -> float | None:

@@ -342,6 +342,9 @@ class HardwareSpec(Section):
         default=0, description="processes that read data ahead"
     )
     compile: Flag = Field(default=False, description="torch.compile the networks")
+    channels_last: Flag = Field(
+        default=False, description="keep images and convolutions with the channels last"
+    )
 
 
 class OutputSpec(Section):

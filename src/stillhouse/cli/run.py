@@ -53,6 +53,9 @@ def run(
     strategy: Annotated[str | None, typer.Option(help="auto, flat, ddp or fsdp.")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed ...")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a step's time goes, and what to do.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Run a recipe to its end; run it again to go on where it was stopped."""
@@ -75,10 +78,12 @@ def run(
         return
     from stillhouse import launch
 
-    result = launch.run(resolved, redo=redo, folder=folder, progress=not as_json)
+    result = launch.run(resolved, redo=redo, folder=folder, progress=not as_json, profiled=profile)
     # Under torchrun, or when Fabric has started further processes, one of them speaks.
     if process() == 0:
         _show_result(result, as_json)
+        if profile and not as_json:
+            _show_profile(result)
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
@@ -101,3 +106,23 @@ def _show_result(result: RunResult, as_json: bool) -> None:
         return
     result.report()
     typer.echo(f"artifact: {result.folder / 'artifact'}")
+
+
+def _show_profile(result: RunResult) -> None:
+    """Where the steps' time went, stage by stage."""
+    found = result.summary["profile"]
+    if not found:
+        typer.echo(
+            "\nnothing was profiled: every training of this run had finished before; "
+            "run it with --redo STAGE or in another --folder"
+        )
+    for stage in found:
+        typer.echo(
+            f"\na step of '{stage['stage']}' took {stage['step_ms']:.2f} ms "
+            f"(mean of {stage['steps']:,} measured steps)"
+        )
+        for phase, spent in stage["ms"].items():
+            if spent > 0:
+                typer.echo(f"  {phase:16} {spent:9.3f} ms  {spent / stage['step_ms']:6.1%}")
+        for sentence in stage["advice"]:
+            typer.echo(f"  - {sentence}")

@@ -19,6 +19,7 @@ from stillhouse.engine import sharding
 from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.job import Best, Each, Fit, Job, Last
 from stillhouse.engine.loop import Stage, loop
+from stillhouse.engine.profile import StepProfile
 from stillhouse.engine.step import Clip, Factory, Schedule, Training
 from stillhouse.errors import RecipeError, nearest
 from stillhouse.objective import Objective
@@ -312,6 +313,7 @@ def _train(
         log_every=getattr(output, "log_every", 50),
         ema=given["ema"] if given["ema"] is not None else getattr(budget, "ema", None),
         prefetch=getattr(hardware_spec, "workers", 0),
+        profile=StepProfile(job.device) if job.family.profiled else None,
     )
     state = _Selection(job, training, stage, given["validate"], validate_every, keep, total)
     stage.begin()
@@ -334,6 +336,8 @@ def _train(
         path=job.hardware.path,
         loop_seconds=round(time.monotonic() - began, 4),
     )
+    if training.profile is not None:
+        stage.figures["profile"] = training.profile.figures()
     result: dict[str, Any] = stage.finish(state.final())
     return result
 

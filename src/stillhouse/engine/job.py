@@ -534,12 +534,22 @@ class Job:
 
 
 class Family:
-    """What all jobs of one run share."""
+    """What all jobs of one run share.
+
+    Args:
+        redo: stages that are run again.
+
+    Attributes:
+        stages: those that have finished, in order.
+        names: of all that were begun.
+        profiled: trainings measure where a step's time goes.
+    """
 
     def __init__(self, redo: Iterable[str] = ()) -> None:
         self.stages: list[dict[str, Any]] = []
         self.names: set[tuple[str, ...]] = set()
         self.redo = set(redo)
+        self.profiled = False
         self._begun = False
 
     def redoes(self, name: str) -> bool:

@@ -86,10 +86,8 @@ def advice(
     figures: Mapping[str, Any],
     *,
     store_saving: float | None = None,
-    store_bytes: int | None = None,
     workers: int = 0,
     device: str = "cpu",
-    rows: int | None = None,
     layout: Mapping[str, Any] | None = None,
     compiled: Mapping[str, Any] | None = None,
 ) -> list[str]:
@@ -98,10 +96,8 @@ def advice(
     Args:
         figures: of a `StepProfile`.
         store_saving: share of the training that a store of the teacher's outputs would save.
-        store_bytes: what that store would take.
         workers: threads that read ahead.
         device: type of device.
-        rows: the teacher's rows per forward, when it is limited.
         layout: of `engine.probe.channels_last`, when it was probed.
         compiled: of `engine.probe.compiled`, when it was probed.
 
@@ -111,18 +107,14 @@ def advice(
     share = shares(figures)
     found: list[tuple[float, str]] = []
     if store_saving is not None and store_saving >= 0.02:
-        size = f" of {store_bytes / 1e6:,.1f} MB" if store_bytes else ""
         found.append(
             (
                 store_saving,
-                f"the teacher takes {share['teacher']:.0%} of a step: a store of its outputs{size} "
-                f"would save about {store_saving:.0%} of the training "
-                "(-o teacher.store.draws=4 where data is augmented, -o teacher.store.draws=1 "
-                "where it is not)",
+                f"the teacher takes {share['teacher']:.0%} of a step: a store of its outputs "
+                f"would save about {store_saving:.0%} of the training (-o teacher.store=true; "
+                "with -o teacher.store.draws=4 where the data are augmented)",
             )
         )
-    if share["teacher"] > 0.3 and rows is not None:
-        found.append((0.1, f"the teacher is asked in pieces of {rows} rows: try more at once"))
     if share["data"] > 0.15:
         told = (
             "read ahead with -o hardware.workers=2"
