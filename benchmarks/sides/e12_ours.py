@@ -31,7 +31,12 @@ def label(port: int, path: Path, stop_at: int | None = None) -> dict[str, float]
         seconds = clock.seconds()
         kept = len(journal)
     early, late = held[min(held)], held[max(held)]
-    return {"rate": RECORDS / seconds, "kept": kept, "growth": late - early, "asked": tally.attempts}
+    return {
+        "rate": RECORDS / seconds,
+        "kept": kept,
+        "growth": late - early,
+        "asked": tally.attempts,
+    }
 
 
 if len(sys.argv) > 1:  # the process that is killed

@@ -3,8 +3,19 @@
 import tempfile
 from pathlib import Path
 
-from e1_pair import ALPHA, BATCH, CLASSES, MOMENTUM, RATE, STEPS, TEMPERATURE, Stamps, asked
-from e1_pair import data, pair
+from e1_pair import (
+    ALPHA,
+    BATCH,
+    CLASSES,
+    MOMENTUM,
+    RATE,
+    STEPS,
+    TEMPERATURE,
+    Stamps,
+    asked,
+    data,
+    pair,
+)
 
 import stillhouse as still
 from stillhouse.batch import Batch, TensorSource

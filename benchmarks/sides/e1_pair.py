@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -75,5 +76,5 @@ class Stamps:
     def tell(self, **more: object) -> None:
         """Print the time of a step in the quickest block of 50 after the first four blocks."""
         marks = self.times[4 * BLOCK :: BLOCK]
-        blocks = [(b - a) / BLOCK for a, b in zip(marks, marks[1:])]
+        blocks = [(b - a) / BLOCK for a, b in pairwise(marks)]
         print(json.dumps({"s": min(blocks), "blocks": len(blocks), **more}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Epochs:
         """Of each epoch but the last, whose end has no stamp."""
         steps = ROWS // BATCH
         marks = self.times[-steps * EPOCHS :: steps]
-        return [b - a for a, b in zip(marks, marks[1:])]
+        return [b - a for a, b in pairwise(marks)]
 
 
 def tell(**figures: object) -> None:

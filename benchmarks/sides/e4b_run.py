@@ -1,0 +1,96 @@
+"""E4b: one training live, then the same from a store; the argument is the case."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from stillhouse import launch
+from stillhouse.recipe import load_recipe
+
+case = sys.argv[1]
+torch.set_num_threads(1)
+
+
+def cifar(student: str) -> tuple[dict, dict]:
+    """ResNet-56 teaches on augmented CIFAR-10; four draws are stored."""
+    recipe = {
+        "method": "kd",
+        "data": {
+            "name": "cifar10",
+            "options": {
+                "per_class": {"train": 48, "test": 5},
+                "augment": "crop+flip",
+                "val": 0,
+            },
+        },
+        "teacher": {
+            "model": "stillhouse:resnet56",
+            "weights": "data:cifar10_resnets/resnet56.safetensors",
+            "options": {
+                "input_mean": [0.485, 0.456, 0.406],
+                "input_std": [0.229, 0.224, 0.225],
+            },
+        },
+        "student": {"model": f"stillhouse:{student}"},
+        "budget": {"epochs": 5, "batch": 32, "lr": 0.05, "optimizer": "sgd"},
+    }
+    return recipe, {"draws": 4, "batch": 32}
+
+
+def labelling() -> tuple[dict, dict]:
+    """MobileNetV2 labels images of 224 pixels, once; a small ConvNet learns from that alone.
+
+    What it says is not looked at here, so its weights are random.
+    """
+    recipe = {
+        "method": "kd",
+        "data": {
+            "name": "cifar10",
+            "options": {"per_class": {"train": 10, "test": 2}, "image_size": 224, "val": 0},
+        },
+        "teacher": {
+            "model": "torchvision:mobilenet_v2",
+            "options": {"num_classes": 10},
+        },
+        "student": {"model": "stillhouse:convnet", "options": {"width": 8}},
+        "settings": {"alpha": 1.0},
+        "budget": {"epochs": 5, "batch": 10, "lr": 0.01, "optimizer": "sgd"},
+    }
+    return recipe, {"batch": 10}
+
+
+recipe, store = labelling() if case == "labelling" else cifar(case)
+with tempfile.TemporaryDirectory() as folder:
+    home = Path(folder)
+
+    def run(name: str) -> tuple[dict, dict]:
+        """The profile of the student's training, and its stage."""
+        result = launch.run(load_recipe(recipe), folder=home / name, progress=False, profiled=True)
+        return result.summary["profile"][-1], result.summary
+
+    live, summary = run("live")
+    recipe["teacher"]["store"] = {**store, "path": str(home / "store")}
+    stored, after = run("stored")
+    lines = map(json.loads, (home / "stored" / "log.jsonl").read_text().splitlines())
+    capture = next(line for line in lines if line["event"] == "capture")
+    steps = round(5 * capture["records"] / store.get("draws", 1) / recipe["budget"]["batch"] / 5)
+    teacher = live["ms"]["teacher"]
+    student = live["step_ms"] - teacher
+    print(
+        json.dumps(
+            {
+                "speedup": live["step_ms"] / stored["step_ms"],
+                "ceiling": live["step_ms"] / student,
+                "reached": student / stored["step_ms"],
+                "capture_epochs": capture["seconds"] * 1e3 / (live["step_ms"] * steps),
+                "break_even": capture["seconds"]
+                * 1e3
+                / ((live["step_ms"] - stored["step_ms"]) * steps),
+                "reading_ms": stored["ms"]["teacher"],
+                "bytes": capture["bytes_per_record"],
+            }
+        )
+    )
