@@ -170,12 +170,12 @@ class Bench:
         return {"wall": wall, **found}
 
     def variables(self, threads: int | None = None) -> dict[str, str]:
-        """Those of every side: this tree's package, fixed threads, no network, no telemetry."""
+        """The environment variables of every side: fixed threads, no network, no telemetry."""
         count = str(threads or self.threads)
-        kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return {
-            **kept,
-            "PYTHONPATH": str(ROOT / "src"),  # what is measured is the tree it lies in
+            **os.environ,
+            # What is measured is the tree that this file lies in, whatever is installed.
+            "PYTHONPATH": str(ROOT / "src"),
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
             "TOKENIZERS_PARALLELISM": "false",
