@@ -36,6 +36,7 @@ temperature are reconstructed, each an option. Controls of the same width are se
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -162,7 +163,7 @@ def entropy_ratio(shares: Tensor) -> float:
     if shares.shape[-1] == 1:
         return 0.0
     entropy = -torch.xlogy(shares, shares).sum(-1).mean()
-    return float(entropy / torch.tensor(float(shares.shape[-1])).log())
+    return float(entropy) / math.log(shares.shape[-1])
 
 
 def purity(assigned: Tensor, hidden: Tensor, classes: Tensor) -> float:
@@ -177,9 +178,9 @@ def purity(assigned: Tensor, hidden: Tensor, classes: Tensor) -> float:
 def head_of(teacher: Teacher, embeddings: Tensor, logits: Tensor) -> Tensor:
     """The weight (C, D) of the teacher's last layer, checked against what the layer gave.
 
-    A teacher that is no module (a store, exported arrays) has it recovered by least squares:
-    logits are linear in the embeddings, and directions in which these do not move are in no
-    row that matters.
+    Where no module is left (a bare store, exported arrays) it is recovered by least squares:
+    logits are linear in the embeddings. What is found lies in the span of the embeddings; a
+    row's part outside it has moved no logit.
 
     Args:
         teacher: who gave them.
@@ -191,15 +192,13 @@ def head_of(teacher: Teacher, embeddings: Tensor, logits: Tensor) -> Tensor:
     """
     h, z = embeddings.double().cpu(), logits.double().cpu()
     z = z - z.mean(1, keepdim=True)
-    if "weights" in teacher.provides:
-        net: Any = teacher.guest().module
-        layer: nn.Linear = net.head_layer()
-        if layer.weight.shape == (z.shape[1], h.shape[1]):
-            weight: Tensor = layer.weight.detach().double().cpu()
-            bias = 0.0 if layer.bias is None else layer.bias.detach().double().cpu()
-            given = h @ weight.T + bias
-            if _close(given - given.mean(1, keepdim=True), z):
-                return weight
+    layer = _last_layer(teacher)
+    if layer is not None and layer.weight.shape == (z.shape[1], h.shape[1]):
+        weight: Tensor = layer.weight.detach().double().cpu()
+        bias = 0.0 if layer.bias is None else layer.bias.detach().double().cpu()
+        given = h @ weight.T + bias
+        if _close(given - given.mean(1, keepdim=True), z):
+            return weight
     middle = h.mean(0)
     solved = torch.linalg.lstsq(h - middle, z - z.mean(0), rcond=1e-6, driver="gelsd").solution
     if not _close((h - middle) @ solved, z - z.mean(0)):
@@ -210,6 +209,15 @@ def head_of(teacher: Teacher, embeddings: Tensor, logits: Tensor) -> Tensor:
         )
     recovered: Tensor = solved.T
     return recovered
+
+
+def _last_layer(teacher: Teacher) -> nn.Linear | None:
+    find = getattr(teacher, "head_layer", None)
+    try:
+        layer: nn.Linear | None = None if find is None else find()
+    except (ModelError, TeacherError):
+        return None
+    return layer
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
@@ -482,8 +490,8 @@ class LELP(StudentTraining):
         )
         nullspace: Literal["centred_rows", "rows", "none"] = Field(
             "centred_rows",
-            description="what is taken out of the embeddings first: the rows of the last layer less "
-            "their mean, the rows, or nothing",
+            description="what is taken out of the embeddings first: the rows of the last layer "
+            "less their mean, the rows, or nothing",
             json_schema_extra={"source": "paper, 3.2: the null space; centring chosen here"},
         )
         rotate: bool = Field(
@@ -714,7 +722,7 @@ class LELP(StudentTraining):
 
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:
-        """Two tiny multilayer perceptrons on generated vectors, four classes joined to two."""
+        """Two tiny multilayer perceptrons on generated vectors."""
         return {
             "method": "lelp",
             "data": {"name": "generated", "options": {"kind": "vectors"}},
