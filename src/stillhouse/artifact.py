@@ -7,9 +7,11 @@ Layout of a folder: `artifact.json` (kind, provenance, how to reopen it), the co
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,8 +76,9 @@ class Artifact:
     Attributes:
         kind: model, dataset, labels or analysis.
         predictor: of a model.
-        model: how to build the module again: {"id": ..., "options": ...}; empty when it was
-            handed in as a module, which then is needed for reopening too.
+        model: how to build the module again: {"id": ..., "options": ...}; without an id when
+            it was handed in as a module, which then is needed for reopening too. "altered" lists
+            what a method changed in the built module, see `altered`.
         tensors: of a data set (or what an analysis keeps).
         records: of labels.
         tables: of an analysis: [{"title", "columns", "rows"}].
@@ -235,6 +238,49 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise CheckpointError(f"{path}, line {number}: {error}") from error
+
+
+def altered(module: nn.Module, model: Mapping[str, Any]) -> nn.Module:
+    """A freshly built module, changed as the method that trained it had changed it.
+
+    Args:
+        module: as its id or its owner builds it.
+        model: of an artifact. Its "altered" is a list of {"by": "package.module:function",
+            "options": {...}}; each function is called with the module and the options, and
+            returns the module with which it goes on.
+
+    Raises:
+        CheckpointError: a function of a package that adds no methods, or that is not there.
+    """
+    for change in model.get("altered", ()):
+        function = trusted(str(change["by"]), "a change of the artifact's model")
+        module = function(module, **change.get("options", {}))
+    return module
+
+
+def trusted(name: str, what: str) -> Any:
+    """What an artifact names in this package, or in one that adds methods to it.
+
+    Importing whatever it names would let a folder run code.
+
+    Args:
+        name: "package.module:attribute".
+        what: for the error.
+
+    Raises:
+        CheckpointError: another package, or no such thing in it.
+    """
+    module_name, _, attribute = name.partition(":")
+    known = {"stillhouse"}
+    known |= {e.value.split(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
+    if module_name.split(".")[0] not in known:
+        raise CheckpointError(
+            f"{what}, '{name}', is not of a package that adds methods ({', '.join(sorted(known))})"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"{what}, '{name}', cannot be found: {error}") from error
 
 
 def restore_weights(module: nn.Module, folder: Path) -> None:

@@ -109,6 +109,22 @@ class Net(nn.Module):
             raise ModelError(f"the head '{self.head()}' is a {type(layer).__name__}, not a Linear")
         return layer
 
+    def place_head(self, head: nn.Module, *, linear: str = "") -> None:
+        """Put another module in the place of the last linear layer; taps of the old one follow.
+
+        Args:
+            head: takes what the old layer took.
+            linear: path within `head` of what is now the last linear layer; "" when it is
+                `head` itself.
+        """
+        path = self.head()
+        self.module.set_submodule(path, head)
+        self._head = f"{path}.{linear}" if linear else path
+        for alias, tapped in list(self.taps.items()):
+            if tapped.partition(":")[0].partition("@")[0] == path:
+                del self.taps[alias]  # its hook went with the old layer
+                self.add_tap(alias, tapped)
+
     def add_tap(self, alias: str, path: str | None = None) -> None:
         """Catch what passes at `path` under the name `alias`, from the next forward on.
 

@@ -296,8 +296,8 @@ def image_splits(
         std: likewise.
 
     Returns:
-        The official splits as sources of "x" (C, H, W) uint8, read as float in [0, 1], and
-        "target"; train reads are augmented.
+        The official splits as sources of "x" (C, H, W) uint8, read as float in [0, 1],
+        "target", and "subclass" where classes are joined; train reads are augmented.
     """
     for role, rows in official.items():
         check_range(rows.labels, len(classes), f"{data.name} {role}")
@@ -311,7 +311,7 @@ def image_splits(
         if role == "train" and (mean is None or std is None or shape[0] != native.shape[1]):
             mean, std = moments(pixels)
         sources[role] = ImageSource(
-            {"x": pixels, "target": chosen.labels},
+            {"x": pixels, **chosen.views()},
             augment=augment_of(options.augment, shape[-1]) if role == "train" else None,
             ids=chosen.ids,
             name=f"{data.name}/{role}",
@@ -321,8 +321,7 @@ def image_splits(
         "hash": digest,
         "licence": data.licence,
         "source": data.source,
-        "selection": choice.told,
-        "classes": choice.classes,
+        **choice.about(),
         "input": list(shape),
         "mean": list(mean or ()),
         "std": list(std or ()),

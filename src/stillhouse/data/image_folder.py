@@ -103,6 +103,7 @@ class ImageFolder(DataSet[FolderOptions]):
             sources[role] = ImageFolderSource(
                 kept,
                 chosen.labels,
+                subclasses=chosen.subclasses,
                 size=size,
                 augment=options.augment if role == "train" else "none",
                 root=root,
@@ -115,8 +116,7 @@ class ImageFolder(DataSet[FolderOptions]):
             "hash_of": told,
             "licence": self.licence,
             "source": str(root),
-            "selection": choice.told,
-            "classes": choice.classes,
+            **choice.about(),
             "input": [options.channels, options.image_size, options.image_size],
             "mean": list(MEAN) if options.channels == 3 else [sum(MEAN) / 3],
             "std": list(STD) if options.channels == 3 else [sum(STD) / 3],
@@ -170,6 +170,7 @@ class ImageFolderSource:
     Args:
         files: paths of the images.
         labels: (N,) int64.
+        subclasses: (N,) int64, the view "subclass"; None where there is none.
         size: how images are brought to size.
         augment: "none", "crop" (random part: area and aspect ratio 3/4 to 4/3 drawn as by
             Szegedy et al. 2015, once, cut to the image), "flip", or both.
@@ -188,6 +189,7 @@ class ImageFolderSource:
         files: Sequence[Path],
         labels: Tensor,
         *,
+        subclasses: Tensor | None = None,
         size: Sizing,
         augment: Augment = "none",
         root: Path,
@@ -196,6 +198,9 @@ class ImageFolderSource:
     ) -> None:
         self.files = list(files)
         self.targets = labels
+        self._known = {"target": labels}
+        if subclasses is not None:
+            self._known["subclass"] = subclasses
         self.size = size
         self.augment = augment
         self.workers = workers
@@ -221,7 +226,8 @@ class ImageFolderSource:
         """
         index, rng = int(item[0]), item[1]
         numbers = None if rng is None else torch.rand(_DRAWS, generator=rng).tolist()
-        return {"x": self._image(index, numbers), "target": self.targets[index]}
+        known = {name: values[index] for name, values in self._known.items()}
+        return {"x": self._image(index, numbers), **known}
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """The images at positions `rows`; augmented unless `views` is None."""
@@ -235,7 +241,8 @@ class ImageFolderSource:
                 images = list(pool.map(self._image, positions, drawn))
         else:
             images = [self._image(i, numbers) for i, numbers in zip(positions, drawn, strict=True)]
-        return Batch(id=ids, x=torch.stack(images), target=self.targets[rows])
+        known = {name: values[rows] for name, values in self._known.items()}
+        return Batch(id=ids, x=torch.stack(images), **known)
 
     def _image(self, index: int, numbers: list[float] | None) -> Tensor:
         from PIL import Image

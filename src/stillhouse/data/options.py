@@ -40,6 +40,12 @@ class ClassOptions(DataOptions):
         description="keep only these classes, by name or number, renumbered in this order; "
         "an integer n keeps the first n",
     )
+    modulo: int | None = Field(
+        None,
+        ge=2,
+        description="join classes into so many: class y becomes y mod n, after all else is chosen "
+        "by the original classes; which one it was stays known as the view 'subclass'",
+    )
     subset: int | dict[str, int] | None = Field(
         None,
         description="rows to keep per official split ({train: 5000, test: 1000}; an integer "

@@ -21,6 +21,7 @@ from stillhouse.errors import DataError, RecipeError, nearest
 # Official splits whose rows stand for one another are numbered in this order.
 _ORDER = ("train", "val", "test")
 _VAL = 0.1
+_NAMED = 6  # joined classes that are all named
 _TEST = 0.2
 
 
@@ -32,11 +33,21 @@ class Chosen:
         rows: (n,) positions in the official split, ascending.
         ids: (n,) content ids, unique over all splits of the data set.
         labels: (n,) classes, renumbered.
+        subclasses: (n,) which of the classes that were joined into one, numbered within it;
+            None where none were.
     """
 
     rows: Tensor
     ids: Tensor
     labels: Tensor
+    subclasses: Tensor | None = None
+
+    def views(self) -> dict[str, Tensor]:
+        """ "target", and "subclass" where classes were joined."""
+        views = {"target": self.labels}
+        if self.subclasses is not None:
+            views["subclass"] = self.subclasses
+        return views
 
 
 @dataclass(frozen=True)
@@ -47,17 +58,27 @@ class Choice:
         splits: by official split.
         classes: names of the classes that are kept, in their new order.
         told: one sentence on what was left out; empty when nothing was.
+        subclasses: by class, names of the classes that were joined into it; empty when none
+            were.
     """
 
     splits: Mapping[str, Chosen]
     classes: list[str]
     told: str
+    subclasses: list[list[str]]
+
+    def about(self) -> dict[str, Any]:
+        """What tasks must know of it: "selection", "classes", "subclasses" where there are."""
+        found: dict[str, Any] = {"selection": self.told, "classes": self.classes}
+        if self.subclasses:
+            found["subclasses"] = self.subclasses
+        return found
 
 
 def choose(
     labels: Mapping[str, Tensor], classes: Sequence[str], options: ClassOptions, *, name: str
 ) -> Choice:
-    """Apply `classes`, `subset`, `per_class` and `long_tail` to the official splits.
+    """Apply `classes`, `subset`, `per_class`, `long_tail` and `modulo` to the official splits.
 
     The order in which rows are taken is a fixed permutation per split (by `subset_seed`), so
     that a larger subset contains a smaller one, and is the same for every run's seed.
@@ -106,7 +127,33 @@ def choose(
         told.append(f"long tail {options.long_tail:g}")
     if told and (subset or per_class or options.long_tail is not None):
         told.append(f"subset seed {options.subset_seed}")
-    return Choice(chosen, [classes[k] for k in kept], ", ".join(told))
+    names = [classes[k] for k in kept]
+    if options.modulo is None:
+        return Choice(chosen, names, ", ".join(told), [])
+    return _joined(chosen, names, told, options.modulo, name)
+
+
+def _joined(
+    chosen: Mapping[str, Chosen], names: Sequence[str], told: list[str], modulo: int, name: str
+) -> Choice:
+    """Class y becomes y mod n, and is the (y div n)-th subclass of it."""
+    if modulo >= len(names):
+        raise RecipeError(
+            f"data option 'modulo': {name} has {len(names)} classes here; a number from 2 to "
+            f"{len(names) - 1} joins some of them, {modulo} none"
+        )
+    splits = {
+        role: Chosen(part.rows, part.ids, part.labels % modulo, part.labels // modulo)
+        for role, part in chosen.items()
+    }
+    groups = [list(names[rest::modulo]) for rest in range(modulo)]
+    told.append(f"classes modulo {modulo}")
+    return Choice(splits, [_joint_name(group) for group in groups], ", ".join(told), groups)
+
+
+def _joint_name(group: Sequence[str]) -> str:
+    few = len(group) <= _NAMED
+    return "/".join(group) if few else f"{group[0]} and {len(group) - 1} others"
 
 
 def _kept_classes(

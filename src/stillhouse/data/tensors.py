@@ -24,7 +24,7 @@ from stillhouse.errors import DataError, RecipeError, nearest
 
 _ROLES = ("train", "val", "test", "unlabelled", "transfer")
 _VIEWS = {"images": "x", "features": "x", "data": "x", "labels": "target", "y": "target"}
-_BY_CLASS = ("classes", "per_class", "long_tail", "label_fraction")
+_BY_CLASS = ("classes", "per_class", "long_tail", "label_fraction", "modulo")
 
 
 class TensorOptions(OwnOptions):
@@ -84,7 +84,7 @@ class Tensors(DataSet[TensorOptions]):
         for role, chosen in choice.splits.items():
             views = {key: value.index_select(0, chosen.rows) for key, value in parts[role].items()}
             if classes and "target" in views:
-                views["target"] = chosen.labels
+                views.update(chosen.views())
             augment = None
             if role == "train" and views["x"].ndim == 4:
                 augment = augment_of(options.augment, views["x"].shape[-1])
@@ -97,10 +97,10 @@ class Tensors(DataSet[TensorOptions]):
                 f"data option 'augment': the training data of {path} are no images but "
                 f"{tuple(first.shape)}"
             )
-        about["selection"] = choice.told
         about["input"] = list(first.shape[1:])
-        if classes:
-            about["classes"] = choice.classes
+        about.update(choice.about())
+        if not classes:
+            del about["classes"]
         if first.ndim == 4:
             about["mean"], about["std"] = moments(first)
         return Splits(sources, f"{path.name} (own tensors)", about)

@@ -1,4 +1,4 @@
-"""Further heads on the features of a student, beside the one it is deployed with."""
+"""Heads on the features of a student: further ones beside its own, and wider ones in its place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from stillhouse.errors import ModelError, RecipeError, nearest
+from stillhouse.losses.chunked import wide
+from stillhouse.net import Net
 
 KINDS = ("linear", "nonlinear")
 
@@ -92,6 +94,129 @@ class ExtraHead(nn.Module):
     def extra_repr(self) -> str:
         """Kind and widths, for printing."""
         return f"kind={self.kind}, {self.in_features} -> {self.out_features}"
+
+
+class WideHead(nn.Module):
+    """A classifier with several outputs per class, folded into one logit per class.
+
+    Its linear layer gives C * S joint logits g, that of class c and subclass s at c * S + s.
+    What leaves the head is their log-sum-exp over the subclasses, whose softmax is exactly the
+    summed probability of each class (LELP, Loo et al. 2024, inference). So a network with this
+    head in the place of its own is a classifier of C classes for whoever calls it; a loss on
+    the joint logits taps the layer `wide`. No linear layer of C outputs says the same: the
+    fold stays in the deployed network.
+
+    Weights are drawn as `nn.Linear` draws them.
+
+    Args:
+        source: the head that is replaced, whose widths, device and dtype are taken over, or
+            (in_features, classes).
+        subclasses: S >= 1 outputs per class; with 1 it is a linear head.
+        generator: CPU generator of the weights; the default generator when None.
+
+    Raises:
+        ModelError: `source` is neither a linear layer nor a pair of positive widths.
+        RecipeError: fewer than one output per class.
+    """
+
+    def __init__(
+        self,
+        source: nn.Linear | tuple[int, int],
+        subclasses: int,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if subclasses < 1:
+            raise RecipeError(f"a wide head needs at least 1 output per class, not {subclasses}")
+        width, self.classes = _widths(source)
+        self.subclasses = subclasses
+        self.wide = _linear(width, self.classes * subclasses, generator)
+        if isinstance(source, nn.Linear):
+            self.to(device=source.weight.device, dtype=source.weight.dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (..., classes) of features (..., in_features)."""
+        return self.fold(self.wide(features), self.subclasses)
+
+    @staticmethod
+    def fold(joint: Tensor, subclasses: int) -> Tensor:
+        """One logit per class: the log-sum-exp over its subclasses; float32 inside.
+
+        Args:
+            joint: (..., classes * subclasses), a class's subclasses side by side.
+            subclasses: S.
+
+        Returns:
+            (..., classes); their softmax is the sum of the joint softmax over subclasses.
+
+        Raises:
+            ModelError: the last dimension is no multiple of S.
+        """
+        if joint.shape[-1] % subclasses:
+            raise ModelError(
+                f"joint logits of shape {tuple(joint.shape)} are no whole number of classes of "
+                f"{subclasses} subclasses"
+            )
+        if subclasses == 1:
+            return joint
+        pairs = wide(joint).reshape(*joint.shape[:-1], -1, subclasses)
+        folded: Tensor = pairs.logsumexp(-1)
+        return folded.to(joint.dtype)
+
+    def extra_repr(self) -> str:
+        """Classes and subclasses, for printing."""
+        return f"{self.classes} classes x {self.subclasses}"
+
+
+def widen(module: nn.Module, head: str, subclasses: int) -> nn.Module:
+    """Put a wide head in the place of a network's last linear layer, in place.
+
+    Weights are drawn from the default generator. This is also how an artifact of a network
+    with such a head is built again, see `stillhouse.artifact.altered`.
+
+    Args:
+        module: the network.
+        head: path of its last linear layer.
+        subclasses: outputs per class.
+
+    Returns:
+        The module.
+
+    Raises:
+        ModelError: no linear layer at that path.
+    """
+    try:
+        old = module.get_submodule(head)
+    except AttributeError:
+        names = [name for name, found in module.named_modules() if isinstance(found, nn.Linear)]
+        raise ModelError(
+            f"{type(module).__name__} has no module '{head}'{nearest(head, names)}"
+        ) from None
+    if not isinstance(old, nn.Linear) or not head:
+        raise ModelError(
+            f"a wide head takes the place of a linear layer; '{head}' of "
+            f"{type(module).__name__} is a {type(old).__name__}"
+        )
+    module.set_submodule(head, WideHead(old, subclasses))
+    return module
+
+
+def widen_net(net: Net, subclasses: int, tap: str) -> str:
+    """`widen` a net and tap the joint logits; taps of the old head are taken to the new one.
+
+    Args:
+        net: changed in place.
+        subclasses: outputs per class.
+        tap: alias of the joint logits in the net's output.
+
+    Returns:
+        The path of the head, which now holds a `WideHead`.
+    """
+    head = net.head()
+    net.place_head(WideHead(net.head_layer(), subclasses), linear="wide")
+    net.add_tap(tap, f"{head}.wide")
+    return head
 
 
 def _widths(source: nn.Linear | tuple[int, int]) -> tuple[int, int]:

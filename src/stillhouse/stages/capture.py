@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.batch import Batch, Source, read_rows
 from stillhouse.clock import Views
@@ -252,6 +252,18 @@ class Captured:
             TeacherError: always.
         """
         raise TeacherError("a stored teacher is no module: leave out teacher.store")
+
+    def head_layer(self) -> nn.Linear:
+        """The last linear layer of the teacher whose answers these are.
+
+        Raises:
+            TeacherError: that teacher is no module.
+        """
+        find = getattr(self.teacher, "head_layer", None)
+        if find is None:
+            raise TeacherError(f"the teacher {self.name} is no module with a last linear layer")
+        layer: nn.Linear = find()
+        return layer
 
     def to(self, device: torch.device | str) -> Captured:
         """Nothing is to be moved: the teacher is done when training begins."""

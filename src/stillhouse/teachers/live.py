@@ -174,6 +174,14 @@ class Live:
         """The net itself, for answers to fresh input, gradients in its input, its weights."""
         return self._guest
 
+    def head_layer(self) -> nn.Linear:
+        """The last linear layer, for methods that read its weights.
+
+        Raises:
+            ModelError: the net has none.
+        """
+        return self.net.head_layer()
+
     def to(self, device: torch.device | str) -> Live:
         """Move the module."""
         self._guest.to(device)
