@@ -449,9 +449,11 @@ class Draws:
 
 
 class Splits(Mapping[str, Source]):
-    """The parts of a data set by role: train, val, test, unlabelled, transfer ...
+    """The parts of a data set by role: train, val, test, unlabelled, transfer, full ...
 
-    `test` opens only inside `judging()`, so that nothing can be chosen by it.
+    `full` is there where students see only a part of the training data: that part is their
+    `train`, and whoever teaches is trained on `full`. `test` opens only inside `judging()`, so
+    that nothing can be chosen by it.
 
     Args:
         sources: role to source.
@@ -494,6 +496,15 @@ class Splits(Mapping[str, Source]):
         """Of every split."""
         parts = sorted(f"{k}:{v.fingerprint}" for k, v in self._sources.items())
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+
+    def of_teachers(self) -> Splits:
+        """The splits as teachers are trained on them: `train` is all of it."""
+        if "full" not in self._sources:
+            return self
+        whole = {role: source for role, source in self._sources.items() if role != "full"}
+        found = Splits({**whole, "train": self._sources["full"]}, self.edition, self.about)
+        found._open = self._open
+        return found
 
     def judging(self) -> Splits:
         """The same splits with `test` open; only judges call this."""

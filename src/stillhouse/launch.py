@@ -104,7 +104,13 @@ class RecipeModels:
     def __init__(self, recipe: Recipe, given: Given) -> None:
         self.recipe, self.given = recipe, given
         self.teacher_net: Net | None = None
+        self._built: dict[str, dict[str, Any]] = {}
         self._teachers: dict[str, Teacher] = {}
+
+    def has(self, role: str) -> bool:
+        """Whether there is a "student" or "teacher", in the recipe or handed in."""
+        named = (getattr(self.recipe, role, None), getattr(self.given, role, None))
+        return any(value is not None for value in named)
 
     def student(self, job: Job, role: str) -> Net:
         """The recipe's student, initialised by the seed (equal for every side)."""
@@ -178,13 +184,7 @@ class RecipeModels:
                 self._train(job, net, spec)
             return self._live(job, net)
         if spec.source == "artifact":
-            from stillhouse.opening import open_artifact
-
-            artifact = open_artifact(Path(str(spec.artifact)))
-            module = artifact.module
-            if not isinstance(module, Net):
-                raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
-            return self._live(job, module.to(job.device))
+            return self._live(job, self._opened(job, spec))
         if spec.source == "recipe":
             return self._nested(job, spec)
         if spec.source == "store":
@@ -201,10 +201,68 @@ class RecipeModels:
             "inside a training: label first, or give the teacher as a model or a store"
         )
 
+    def _opened(self, job: Job, spec: TeacherSpec) -> Net:
+        from stillhouse.opening import open_artifact
+
+        artifact = open_artifact(Path(str(spec.artifact)))
+        module = artifact.module
+        if not isinstance(module, Net):
+            raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
+        self._built["teacher"] = artifact.model
+        return module.to(job.device)
+
     def _check_teacher(self, job: Job, net: Net) -> None:
         """A teacher of logits must know the same classes; others are checked by their wants."""
         if "logits" in catalogue.find(self.recipe.method).card.get("needs", ()):
             job.task.check(None, net)
+
+    def trainable_teacher(self, job: Job, role: str, trained: bool) -> Net:
+        """The recipe's teacher as a network of the method's own; see `Job.trainable_teacher`."""
+        given, spec = self.given.teacher, self.recipe.teacher
+        if given is not None:
+            module = given.net if isinstance(given, Live) else given
+            if not isinstance(module, nn.Module):
+                raise self._no_net("object that answers")
+            # What was handed in stays as it is.
+            module = copy.deepcopy(module)
+            net = module if isinstance(module, Net) else job.task.net(module, {})
+            net = self._arranged(net.to(job.device))
+        elif spec is None:
+            raise RecipeError(
+                f"'{self.recipe.method}' trains the teacher and the recipe names none; "
+                "add teacher: {model: ..., train: {...}}"
+            )
+        elif spec.source == "model":
+            net = self._net(job, spec, role)
+            self._check_teacher(job, net)
+            if trained and spec.train is not None:
+                self._train(job, net, spec)
+        elif spec.source == "artifact":
+            net = self._opened(job, spec)
+        elif spec.source == "recipe":
+            _, _, net, artifact = self._run_nested(job, spec)
+            self._built["teacher"] = artifact.model
+        else:
+            raise self._no_net(spec.source)
+        self._check_teacher(job, net)
+        if not any(p.requires_grad for p in net.parameters()):
+            net.requires_grad_(True)  # it was frozen as a teacher before
+        return net
+
+    def _no_net(self, what: str) -> TeacherError:
+        return TeacherError(
+            f"'{self.recipe.method}' trains the teacher itself, which is no network as {what}: "
+            "give teacher: {model: ...}, an artifact or another recipe"
+        )
+
+    def teaching(self, job: Job, net: Net) -> Teacher:
+        """A network made in this run as its teacher; see `Job.teaching`."""
+        teacher, spec = self._live(job, net), self.recipe.teacher
+        if spec is not None and spec.store is not None and spec.source != "store":
+            from stillhouse.stages.capture import captured
+
+            return captured(job, teacher, spec.store)
+        return teacher
 
     def _live(self, job: Job, net: Net) -> Teacher:
         self.teacher_net = net
@@ -218,19 +276,29 @@ class RecipeModels:
             "options": spec.options,
             "weights": spec.weights,
             "budget": spec.train.model_dump() if spec.train else None,
-            "data": job.splits["train"].fingerprint,
+            "data": job.splits[job.teacher_split].fingerprint,
             "seed": job.seed,
             "version": __version__,
         }
-        train_supervised(job, "teacher", net, budget=spec.train, share=share)
+        train_supervised(
+            job, "teacher", net, split=job.teacher_split, budget=spec.train, share=share
+        )
 
     def _nested(self, job: Job, spec: TeacherSpec) -> Teacher:
+        method, child, net, artifact = self._run_nested(job, spec)
+        live = self._live(job, net)
+        own: Teacher | None = method.teacher(child, artifact)
+        return own or live
+
+    def _run_nested(self, job: Job, spec: TeacherSpec) -> tuple[Method, Job, Net, Artifact]:
+        """The teacher's own recipe, run as a child on what teachers are trained on."""
         assert spec.recipe is not None
         inner = spec.recipe.model_copy(update={"seed": job.seed})
         models = RecipeModels(inner, Given(splits=self.given.splits))
+        whole = job.splits.of_teachers()
         child = Job(
             inner,
-            job.task,
+            job.task if whole is job.splits else type(job.task)(whole),
             job.folder,
             seed=job.seed,
             hardware=job.hardware,
@@ -246,16 +314,17 @@ class RecipeModels:
         net = artifact.module
         if not isinstance(net, Net):
             raise TeacherError(f"'{inner.method}' yields no model that could teach")
-        live = self._live(job, net)
-        own: Teacher | None = method.teacher(child, artifact)
-        return own or live
+        return method, child, net, artifact
 
-    def artifact(self, job: Job, module: nn.Module) -> Artifact:
+    def artifact(self, job: Job, module: nn.Module, role: str = "student") -> Artifact:
         """A model artifact with the task's predictor and the way to build it again."""
         net = module if isinstance(module, Net) else job.task.net(module)
-        spec = self.recipe.student
-        model: dict[str, Any] = {}
-        if self.given.student is None and spec is not None:
+        spec: ModelSpec | TeacherSpec | None = self.recipe.student
+        given: Any = self.given.student
+        if role == "teacher":
+            spec, given = self.recipe.teacher, self.given.teacher
+        model = self._built.get(role, {})
+        if given is None and spec is not None and spec.model is not None:
             model = {"id": spec.model, "options": spec.options, "taps": spec.taps}
         return Artifact(
             "model",

@@ -71,6 +71,24 @@ class ClassOptions(DataOptions):
         description="share of train that keeps its labels, by the run's seed; the rest becomes "
         "the split 'unlabelled'",
     )
+    few_shot: int | float | None = Field(
+        None,
+        description="what students see of train: a share of its rows (below 1), or a count of "
+        "rows of every class; drawn by the run's seed. Teachers are trained on all of it, which "
+        "becomes the split 'full'",
+    )
+    drop_classes: list[int | str] = Field(
+        default_factory=list,
+        description="classes that students never see, by name or number; they keep their place "
+        "in the head, in val and in test, and teachers are trained on them (split 'full')",
+    )
+
+    @field_validator("few_shot")
+    @classmethod
+    def _few_shot_is_count_or_share(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError("a count of rows (integer >= 1) or a share in (0, 1)")
+        return value
 
     @field_validator("classes")
     @classmethod

@@ -101,7 +101,7 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     """
     from stillhouse.data.check import check_splits
     from stillhouse.data.options import ClassOptions, checked_options
-    from stillhouse.data.splitting import with_val, withhold_labels
+    from stillhouse.data.splitting import narrowed, with_val, withhold_labels
 
     if ":" in name:
         return _open_function(name, seed, options or {})
@@ -112,6 +112,14 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     splits = with_val(splits, checked.val, seed=seed, name=name)
     if isinstance(checked, ClassOptions) and checked.label_fraction is not None:
         splits = withhold_labels(splits, checked.label_fraction, seed=seed, name=name)
+    if isinstance(checked, ClassOptions) and (checked.few_shot or checked.drop_classes):
+        splits = narrowed(
+            splits,
+            few_shot=checked.few_shot,
+            drop_classes=checked.drop_classes,
+            seed=seed,
+            name=name,
+        )
     check_splits(splits)
     return splits
 

@@ -157,14 +157,17 @@ def _joint_name(group: Sequence[str]) -> str:
 
 
 def _kept_classes(
-    wanted: int | Sequence[int | str] | None, classes: Sequence[str], name: str
+    wanted: int | Sequence[int | str] | None,
+    classes: Sequence[str],
+    name: str,
+    option: str = "classes",
 ) -> list[int]:
     if wanted is None:
         return list(range(len(classes)))
     if isinstance(wanted, int):
         if wanted > len(classes):
             raise RecipeError(
-                f"data option 'classes': {wanted} classes are asked of {name}, "
+                f"data option '{option}': {wanted} classes are asked of {name}, "
                 f"which has {len(classes)}"
             )
         return list(range(wanted))
@@ -176,14 +179,14 @@ def _kept_classes(
             kept.append(entry)
         elif isinstance(entry, int):
             raise RecipeError(
-                f"data option 'classes': {name} has classes 0 to {len(classes) - 1}, not {entry}"
+                f"data option '{option}': {name} has classes 0 to {len(classes) - 1}, not {entry}"
             )
         else:
             raise RecipeError(
-                f"data option 'classes': {name} has no class '{entry}'{nearest(entry, classes)}"
+                f"data option '{option}': {name} has no class '{entry}'{nearest(entry, classes)}"
             )
     if len(set(kept)) < len(kept):
-        raise RecipeError(f"data option 'classes': a class is named twice in {list(wanted)}")
+        raise RecipeError(f"data option '{option}': a class is named twice in {list(wanted)}")
     return kept
 
 
@@ -292,10 +295,7 @@ def stratified(labels: Tensor, count: int, rng: Generator) -> Tensor:
         (count,) positions, class by class.
     """
     values, sizes = torch.unique(labels, return_counts=True)
-    exact = sizes.double() * count / len(labels)
-    shares = exact.floor().long()
-    order = torch.argsort(exact - shares, descending=True, stable=True)
-    shares[order[: count - int(shares.sum())]] += 1
+    shares = _shares(sizes, count)
     shuffled = torch.randperm(len(labels), generator=rng)
     picked = [
         shuffled[labels[shuffled] == value][: int(share)]
@@ -342,6 +342,96 @@ def withhold_labels(splits: Splits, fraction: float, *, seed: int, name: str) ->
     return _with(
         splits, train=labelled, unlabelled=Unlabelled(Subset(train, (~kept).nonzero()[:, 0]))
     )
+
+
+# What students see -------------------------------------------------------------------------
+
+
+def narrowed(
+    splits: Splits,
+    *,
+    few_shot: int | float | None = None,
+    drop_classes: Sequence[int | str] = (),
+    seed: int,
+    name: str,
+) -> Splits:
+    """The splits with "train" cut down to what students see, and all of it kept as "full".
+
+    A smaller part is contained in a larger one of the same seed. `about["unseen"]` holds the
+    numbers of the dropped classes. "val" and "test" stay whole.
+
+    Args:
+        splits: with labelled "train"; "full" is taken instead where it is there already.
+        few_shot: share of the rows in (0, 1), or rows of every class; None for all.
+        drop_classes: whose rows are left out, by name or number.
+        seed: the run's.
+        name: of the data set.
+
+    Raises:
+        RecipeError: an unknown class.
+        DataError: no labels, too few rows, or fewer than two classes left.
+    """
+    full = splits["full"] if "full" in splits else splits["train"]
+    labels = labels_of(full)
+    if labels is None:
+        raise DataError(f"few_shot and drop_classes: {name} train has no labels")
+    names = [str(c) for c in splits.about.get("classes", range(int(labels.max()) + 1))]
+    dropped = _kept_classes(drop_classes, names, name, "drop_classes") if drop_classes else []
+    rows = (~torch.isin(labels, torch.tensor(dropped, dtype=torch.int64))).nonzero()[:, 0]
+    if len(torch.unique(labels[rows])) < 2:
+        raise DataError(f"data option 'drop_classes': fewer than two classes of {name} are left")
+    if few_shot is not None:
+        rows = rows[_few(labels[rows], few_shot, generator(seed, "few_shot"), names, name)]
+    about = {k: v for k, v in splits.about.items() if k != "unseen"}
+    if dropped:
+        about["unseen"] = dropped
+    told = [str(about["selection"])] if about.get("selection") else []
+    told += [f"students see {len(rows):,} of {len(full):,} train rows"]
+    told += [f"without {', '.join(names[k] for k in dropped)}"] if dropped else []
+    about["selection"] = ", ".join(told)
+    opened = splits.judging()
+    sources = {role: opened[role] for role in opened}
+    narrow = Subset(full, rows.sort().values)
+    return Splits({**sources, "train": narrow, "full": full}, splits.edition, about)
+
+
+def _few(
+    labels: Tensor, few_shot: int | float, rng: Generator, names: Sequence[str], name: str
+) -> Tensor:
+    """Positions of the few rows, class by class."""
+    shuffled = torch.randperm(len(labels), generator=rng)
+    values, sizes = torch.unique(labels, return_counts=True)
+    if isinstance(few_shot, int):
+        for value, size in zip(values.tolist(), sizes.tolist(), strict=True):
+            if size < few_shot:
+                raise DataError(
+                    f"data option 'few_shot': {few_shot} rows of every class are asked, "
+                    f"'{names[value]}' of {name} has {size}"
+                )
+        shares = [few_shot] * len(values)
+    else:
+        count = round(len(labels) * few_shot)
+        if not len(values) <= count < len(labels):
+            raise DataError(
+                f"data option 'few_shot': {few_shot:g} of {len(labels)} rows of {name} is "
+                f"{count}; at least one row for each of {len(values)} classes is needed"
+            )
+        shares = _shares(sizes, count).clamp(min=1).tolist()
+    return torch.cat(
+        [
+            shuffled[labels[shuffled] == value][:share]
+            for value, share in zip(values.tolist(), shares, strict=True)
+        ]
+    )
+
+
+def _shares(sizes: Tensor, count: int) -> Tensor:
+    """How `count` rows are spread over classes of these sizes, by largest remainder."""
+    exact = sizes.double() * count / sizes.sum()
+    shares = exact.floor().long()
+    order = torch.argsort(exact - shares, descending=True, stable=True)
+    shares[order[: count - int(shares.sum())]] += 1
+    return shares
 
 
 def _dense(labels: Tensor) -> Tensor:

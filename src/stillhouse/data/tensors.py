@@ -24,7 +24,9 @@ from stillhouse.errors import DataError, RecipeError, nearest
 
 _ROLES = ("train", "val", "test", "unlabelled", "transfer")
 _VIEWS = {"images": "x", "features": "x", "data": "x", "labels": "target", "y": "target"}
-_BY_CLASS = ("classes", "per_class", "long_tail", "label_fraction", "modulo")
+_BY_CLASS = (
+    "classes", "per_class", "long_tail", "label_fraction", "few_shot", "drop_classes", "modulo",
+)  # fmt: skip
 
 
 class TensorOptions(OwnOptions):
@@ -226,5 +228,5 @@ def _zeros(views: Mapping[str, Tensor]) -> Tensor:
 
 def _refuse_by_class(options: TensorOptions, path: Path) -> None:
     for option in _BY_CLASS:
-        if getattr(options, option) is not None:
+        if getattr(options, option) not in (None, []):
             raise RecipeError(f"data option '{option}': {path} has no class labels")
