@@ -43,7 +43,7 @@ class FlatNet:
 
     def __init__(self, net: nn.Module) -> None:
         refuse_moving_state(net)
-        self.net = net.requires_grad_(False).train()
+        self.net = net
         found = dict(net.named_parameters())
         if not found:
             raise ModelError(f"{type(net).__name__} has no parameters to unroll")
@@ -63,7 +63,7 @@ class FlatNet:
                 f"{type(self.net).__name__} has {self.size} weights; the vector is "
                 f"{tuple(theta.shape)}: it belongs to another network"
             )
-        pieces = zip(self.names, theta.split(self.sizes), self.shapes, strict=True)
+        pieces = zip(self.names, torch.split(theta, self.sizes), self.shapes, strict=True)
         return {name: piece.view(shape) for name, piece, shape in pieces}
 
     def flatten(self, weights: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
@@ -294,9 +294,9 @@ def refuse_moving_state(net: nn.Module) -> None:
 
 def _without_prefix(weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """Weights under the network's own names: a Net adds "module." to those of its module."""
-    if names and all(n.startswith("module.") for n in names):
-        if not any(k.startswith("module.") for k in weights):
-            return {f"module.{k}": v for k, v in weights.items()}
+    wrapped = all(n.startswith("module.") for n in names)
+    if wrapped and not any(k.startswith("module.") for k in weights):
+        return {f"module.{k}": v for k, v in weights.items()}
     return dict(weights)
 
 
