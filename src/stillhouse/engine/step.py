@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -522,7 +523,8 @@ class Training:
             wanted = sets or (None,)
             sums: list[list[Tensor | None]] = [[None] * len(params) for _ in wanted]
             for number in range(len(micro)):
-                found = forward(number)
+                with still_statistics(self.objective, calls > 0):
+                    found = forward(number)
                 if calls == 0:
                     _add(terms, found)
                 chosen = [_chosen(found, names) for names in wanted]
@@ -734,6 +736,30 @@ class _ReadAhead:
                 )
         batch: Batch = self.pending.pop((epoch, index)).result()
         return batch
+
+
+@contextmanager
+def still_statistics(module: nn.Module, still: bool) -> Iterator[None]:
+    """Inside the block running statistics of normalisation layers do not move.
+
+    For a further pass over the rows of a step, whose activations are none of the data's.
+    """
+    kinds = nn.modules.batchnorm._NormBase
+    layers = [m for m in module.modules() if isinstance(m, kinds)] if still else []
+    held = [layer.momentum for layer in layers]
+    counted = [layer.num_batches_tracked for layer in layers]
+    before = [None if c is None else c.clone() for c in counted]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum, count, value in zip(layers, held, counted, before, strict=True):
+            layer.momentum = momentum
+            # Only an average over all batches (momentum None) reads the count: released codes
+            # count both passes, which is harmless otherwise.
+            if momentum is None and count is not None and value is not None:
+                count.copy_(value)
 
 
 def _by_name(count: Count) -> dict[str, float]:

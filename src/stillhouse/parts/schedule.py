@@ -56,6 +56,20 @@ def switch_off(epoch: int, value: float = 1.0) -> Schedule:
     return lambda clock: value if clock.epoch < epoch else 0.0
 
 
+def window(start: int, end: int, until: int) -> Schedule:
+    """A whole number that grows from `start` at step 0 to `end` at step `until`, and stays.
+
+    `min(start + int((end - start) * step / until), end)`: the upper bound of the epochs that
+    difficulty-aligned trajectory matching begins at (DATM, released code).
+
+    Args:
+        start: at step 0.
+        end: from step `until` on.
+        until: > 0.
+    """
+    return lambda clock: min(start + int((end - start) * clock.step / until), end)
+
+
 def warmed_up(schedule: Schedule, steps: int) -> Schedule:
     """A schedule that rises linearly from 0 over its first `steps` steps."""
     if steps <= 0:
