@@ -448,6 +448,39 @@ class Draws:
         return Batch(id=rows, draw=views.epoch)
 
 
+class ByClass:
+    """One class a step, class after class; several times over when there are phases.
+
+    An epoch is `phases * classes` steps: all classes of phase 0, then all of phase 1, and so
+    on. There is no data: objectives draw by the clock. A row's `id` is its class, its view
+    "phase" the number of the phase.
+
+    Args:
+        classes: number of classes K.
+        phases: how often an epoch goes through them.
+        together: all classes of a phase in one step, K rows; an epoch has `phases` steps.
+    """
+
+    def __init__(self, classes: int, phases: int = 1, *, together: bool = False) -> None:
+        if classes < 1 or phases < 1:
+            raise DataError(f"{classes} classes in {phases} phases give no step")
+        self.source = None
+        self.classes, self.phases, self.together = classes, phases, together
+
+    def __len__(self) -> int:
+        return self.phases * (1 if self.together else self.classes)
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[Rows]:
+        """The same in every epoch; a row is phase * K + class."""
+        rows = torch.arange(self.phases * self.classes)
+        return list(torch.split(rows, self.classes if self.together else 1))
+
+    def read(self, rows: Rows, views: Views) -> Batch:
+        """A batch with classes and phases only."""
+        phase = torch.div(rows, self.classes, rounding_mode="floor")
+        return Batch(id=rows % self.classes, draw=views.epoch, phase=phase)
+
+
 class Splits(Mapping[str, Source]):
     """The parts of a data set by role: train, val, test, unlabelled, transfer, full ...
 

@@ -14,7 +14,7 @@ from stillhouse.engine.step import Clip
 from stillhouse.errors import RecipeError
 from stillhouse.method import MethodConfig
 from stillhouse.net import Net
-from stillhouse.parts.distilled_set import DistilledSet
+from stillhouse.parts.distilled_set import Decode, DistilledSet
 from stillhouse.parts.net_pool import NetPool
 from stillhouse.parts.pixel_matching import DrawReal, PixelMatching
 from stillhouse.parts.schedule import constant
@@ -90,6 +90,13 @@ class PixelConfig(SetConfig):
         description="of the augmentation's resampling",
         json_schema_extra={"source": "released code of DSA, DM and DataDAM"},
     )
+    factor: int = Field(
+        1,
+        ge=1,
+        description="tiles per side of a stored image; 2: each holds four images of its class at "
+        "half the side, brought to full size for matching and training",
+        json_schema_extra={"source": "IDC, NCFM: 2; other released codes: 1"},
+    )
     evaluate_nets: int = Field(
         1,
         ge=1,
@@ -136,7 +143,7 @@ class PixelDistillation(SetDistillation):
         if job.budget.ema is not None:
             raise RecipeError("pixels are not averaged here: remove budget.ema")
         real = self.real_images(job)
-        start = self.initial_set(job, real, self.config.init)
+        start = self.initial_set(job, real, self.config.init, Decode(self.config.factor))
         steps = job.budget.steps or ITERATIONS
         few = self.config.scan_steps or max(1, steps // 4)
         rate, table = self.scanned_rate(
