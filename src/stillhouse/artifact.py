@@ -7,9 +7,11 @@ Layout of a folder: `artifact.json` (kind, provenance, how to reopen it), the co
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,8 +76,9 @@ class Artifact:
     Attributes:
         kind: model, dataset, labels or analysis.
         predictor: of a model.
-        model: how to build the module again: {"id": ..., "options": ...}; empty when it was
-            handed in as a module, which then is needed for reopening too.
+        model: how to build the module again: {"id": ..., "options": ...}; without an id when
+            it was handed in as a module, which then is needed for reopening too. "around" says
+            what stands around it, see `around_of`.
         tensors: of a data set (or what an analysis keeps).
         records: of labels.
         tables: of an analysis: [{"title", "columns", "rows"}].
@@ -157,6 +160,61 @@ class Artifact:
             lines += ["", "| figure | value |", "|---|---|"]
             lines += [f"| {k} | {v:.6g} |" for k, v in figures.items()]
         return "\n".join(lines) + "\n"
+
+
+def known_class(name: str) -> Any:
+    """What "package.module:Class" names, if it is of this package or one that adds methods.
+
+    An artifact names classes; importing whatever it names would let a folder run code.
+
+    Raises:
+        CheckpointError: another package, or no such name.
+    """
+    module_name, _, class_name = name.partition(":")
+    known = {"stillhouse"}
+    known |= {e.value.split(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
+    if module_name.split(".")[0] not in known:
+        raise CheckpointError(
+            f"the artifact's class '{name}' is not of a package that adds methods "
+            f"({', '.join(sorted(known))})"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"the artifact's class '{name}' is not there: {error}") from error
+
+
+def around_of(module: nn.Module) -> dict[str, Any] | None:
+    """How what stands around a model is built again: its class and arguments; None for a model.
+
+    A module that keeps more than the recipe's model (a second head) says so by a method
+    `around`, which gives the keyword arguments to build it around the model.
+    """
+    told = getattr(module, "around", None)
+    if told is None:
+        return None
+    kind = type(module)
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "settings": told()}
+
+
+def put_around(module: nn.Module, around: Mapping[str, Any] | None) -> nn.Module:
+    """The module inside what stood around it when it was saved; see `around_of`.
+
+    Raises:
+        CheckpointError: no such class, or it takes other arguments.
+    """
+    if not around:
+        return module
+    kind = known_class(str(around["class"]))
+    if isinstance(module, kind):
+        return module
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "around")):
+        raise CheckpointError(f"'{around['class']}' is nothing that stands around a model")
+    try:
+        made: nn.Module = kind(module, **around["settings"])
+    except TypeError as error:
+        raise CheckpointError(f"'{around['class']}' cannot be built again: {error}") from error
+    return made
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

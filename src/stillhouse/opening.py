@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ from torch import nn
 from stillhouse.artifact import (
     Artifact,
     Predictor,
+    known_class,
+    put_around,
     read_description,
     read_records,
     read_tensors,
@@ -68,6 +68,7 @@ def _predictor(folder: Path, about: dict[str, Any], module: nn.Module | None) ->
             weights=None,
             about=about.get("meta", {}).get("about", {}),
         )
+    module = put_around(module, model.get("around"))
     restore_weights(module, folder)
     kind = predictor_class(about["predictor"]["class"])
     return kind.restore(as_net(module, about.get("net") or {}), about["predictor"]["settings"])
@@ -81,21 +82,10 @@ def as_net(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
 def predictor_class(name: str) -> type[Predictor]:
     """The class of a predictor, from this package or one that adds methods to it.
 
-    An artifact names a class; importing whatever it names would let a folder run code, so
-    only packages that are known to the catalogue are accepted.
-
     Raises:
         CheckpointError: another package, or no predictor.
     """
-    module_name, _, class_name = name.partition(":")
-    known = {"stillhouse"}
-    known |= {e.value.split(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
-    if module_name.split(".")[0] not in known:
-        raise CheckpointError(
-            f"the artifact's predictor '{name}' is not of a package that adds methods "
-            f"({', '.join(sorted(known))})"
-        )
-    found = getattr(importlib.import_module(module_name), class_name, None)
+    found = known_class(name)
     if not (isinstance(found, type) and issubclass(found, Predictor)):
         raise CheckpointError(f"'{name}' is no predictor")
     return found

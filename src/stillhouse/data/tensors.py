@@ -24,7 +24,7 @@ from stillhouse.errors import DataError, RecipeError, nearest
 
 _ROLES = ("train", "val", "test", "unlabelled", "transfer")
 _VIEWS = {"images": "x", "features": "x", "data": "x", "labels": "target", "y": "target"}
-_BY_CLASS = ("classes", "per_class", "long_tail", "label_fraction")
+_BY_CLASS = ("classes", "per_class", "long_tail", "label_fraction", "labels_per_class")
 
 
 class TensorOptions(OwnOptions):

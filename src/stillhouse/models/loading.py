@@ -30,7 +30,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from stillhouse.artifact import read_description, restore_weights
+from stillhouse.artifact import put_around, read_description, restore_weights
 from stillhouse.data.roots import cache_root, given_roots
 from stillhouse.errors import MissingExtra, ModelError, nearest
 
@@ -530,6 +530,7 @@ def _artifact(
     module = load_model(
         made["id"], options={**made.get("options", {}), **options}, about=known or about
     )
+    module = put_around(module, made.get("around"))
     restore_weights(module, path)
     net = description.get("net") or {}
     _take_normalisation(module, net.get("mean"), net.get("std"))

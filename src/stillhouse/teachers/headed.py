@@ -35,15 +35,21 @@ class Headed(Live):
     def bind(self, wants: Sequence[Want], task: Any) -> None:
         """As a live teacher; the store serves when nothing but logits is wanted."""
         super().bind(wants, task)
-        self._spares = tuple(wants) == (Want("logits"),)
+        self._spares = {want.within for want in wants} == {Want("logits")}
         if self._spares:
-            self.stored.bind((FEATURES,), task)
+            self.stored.bind([FEATURES._replace(view=want.view) for want in wants], task)
 
     def knowledge(self, batch: Batch) -> Knowledge:
         """What was asked for in `bind`."""
         if not self._spares:
             return super().knowledge(batch)
         kept = self.stored.knowledge(batch)
+        streams = [want.stream for want in self._wants]
+        if streams == [""]:
+            return self._headed(kept)
+        return Knowledge.of_streams({name: self._headed(kept.stream(name)) for name in streams})
+
+    def _headed(self, kept: Knowledge) -> Knowledge:
         head = self.net.head_layer()
         features = kept.tensor(FEATURES.key)
         with torch.no_grad():
