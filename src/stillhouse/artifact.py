@@ -246,16 +246,35 @@ def altered(module: nn.Module, model: Mapping[str, Any]) -> nn.Module:
     Args:
         module: as its id or its owner builds it.
         model: of an artifact. Its "altered" is a list of {"by": "package.module:function",
-            "options": {...}}; each function is called with the module and the options, and
-            returns the module with which it goes on.
+            "options": {...}}; each function (or class) is called with the module and the
+            options, and returns the module with which it goes on.
 
     Raises:
-        CheckpointError: a function of a package that adds no methods, or that is not there.
+        CheckpointError: a function of a package that adds no methods, that is not there, or
+            that takes other options.
     """
     for change in model.get("altered", ()):
-        function = trusted(str(change["by"]), "a change of the artifact's model")
-        module = function(module, **change.get("options", {}))
+        by = trusted(str(change["by"]), "a change of the artifact's model")
+        if isinstance(by, type) and isinstance(module, by):
+            continue  # the owner handed in what already stands around the model
+        try:
+            module = by(module, **change.get("options", {}))
+        except TypeError as error:
+            raise CheckpointError(f"'{change['by']}' cannot be built again: {error}") from error
     return module
+
+
+def alterations_of(module: nn.Module) -> list[dict[str, Any]]:
+    """What stands around a model, for `altered`: its class and arguments; none for a model.
+
+    A module that keeps more than the recipe's model (a second head) says so by a method
+    `around`, which gives the keyword arguments to build it around the model.
+    """
+    told = getattr(module, "around", None)
+    if told is None:
+        return []
+    kind = type(module)
+    return [{"by": f"{kind.__module__}:{kind.__qualname__}", "options": told()}]
 
 
 def trusted(name: str, what: str) -> Any:

@@ -21,7 +21,7 @@ from torch import nn
 
 from stillhouse import catalogue
 from stillhouse._version import __version__
-from stillhouse.artifact import Artifact
+from stillhouse.artifact import Artifact, alterations_of
 from stillhouse.batch import Splits
 from stillhouse.data.registry import open_data
 from stillhouse.data.roots import cache_folder
@@ -31,7 +31,7 @@ from stillhouse.engine.job import Family, Job, locked
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.loop import StopRequest
 from stillhouse.errors import RecipeError, RunFolderError, TeacherError
-from stillhouse.method import Method
+from stillhouse.method import Method, StudentTraining
 from stillhouse.models.loading import load_model
 from stillhouse.net import Net
 from stillhouse.recipe import (
@@ -178,10 +178,11 @@ class RecipeModels:
 
     def _from_spec(self, job: Job, spec: TeacherSpec, role: str) -> Teacher:
         if spec.source == "model":
-            net = self._net(job, spec, role)
+            home = self._home(job, spec)
+            net = self._net(home, spec, role)
             self._check_teacher(job, net)
             if spec.train is not None:
-                self._train(job, net, spec)
+                self._train(home, net, spec)
             return self._live(job, net)
         if spec.source == "artifact":
             return self._live(job, self._opened(job, spec))
@@ -210,6 +211,26 @@ class RecipeModels:
             raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
         self._built["teacher"] = artifact.model
         return module.to(job.device)
+
+    def _home(self, job: Job, spec: TeacherSpec) -> Job:
+        """The job on the data that the teacher is trained on: its own, where it has any."""
+        if spec.train is None or spec.train.data is None:
+            return job
+        own = spec.train.data
+        splits = open_data(own.name, seed=job.seed, options=own.options)
+        return Job(
+            job.recipe,
+            open_task(job.task.name, splits),
+            job.folder,
+            seed=job.seed,
+            hardware=job.hardware,
+            log=job.log,
+            models=self,
+            cache=job.cache,
+            path=job.path,
+            stop=job.stop,
+            family=job.family,
+        )
 
     def _check_teacher(self, job: Job, net: Net) -> None:
         """A teacher of logits must know the same classes; others are checked by their wants."""
@@ -275,7 +296,7 @@ class RecipeModels:
             "model": spec.model,
             "options": spec.options,
             "weights": spec.weights,
-            "budget": spec.train.model_dump() if spec.train else None,
+            "budget": spec.train.model_dump(exclude={"data"}) if spec.train else None,
             "data": job.splits[job.teacher_split].fingerprint,
             "seed": job.seed,
             "version": __version__,
@@ -326,6 +347,9 @@ class RecipeModels:
         model = self._built.get(role, {})
         if given is None and spec is not None and spec.model is not None:
             model = {"id": spec.model, "options": spec.options, "taps": spec.taps}
+        changes = alterations_of(net.module)
+        if changes:
+            model = {**model, "altered": [*model.get("altered", ()), *changes]}
         return Artifact(
             "model",
             predictor=job.task.predictor(net),
@@ -910,12 +934,14 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
         found["models"]["student"] = _model_plan(student, recipe.student)
     teacher = recipe.teacher
     if teacher is not None and teacher.model is not None and given.teacher is None:
-        net = RecipeModels(recipe, given)._net(job, teacher, "teacher")
+        models = RecipeModels(recipe, given)
+        net = models._net(models._home(job, teacher), teacher, "teacher")
         task.check(None, net)
         found["models"]["teacher"] = _model_plan(net, teacher)
     if "train" in splits:
-        rows, budget = splits.peek("train"), recipe.budget
-        epoch = -(-rows // budget.batch)
+        budget = recipe.budget
+        order = method.order(job) if isinstance(method, StudentTraining) else job.order("train")
+        epoch = len(order)
         found["steps"] = budget.steps or (budget.epochs or 1) * epoch
     return {**found, **method.forecast(job)}
 

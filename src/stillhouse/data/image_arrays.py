@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from stillhouse.batch import Batch, Sample, Source, Splits, TensorSource
 from stillhouse.clock import Views
+from stillhouse.data.affine_images import AffineImages
 from stillhouse.data.augment_images import AugmentImages
 from stillhouse.data.cached import cached_tensors
 from stillhouse.data.data_set import DataSet
@@ -245,6 +246,15 @@ def resized(images: Tensor, size: int | None, channels: int | None) -> Tensor:
     )
 
 
+def centred(images: Tensor, size: int | None) -> Tensor:
+    """Images (N, C, H, W) in the middle of a square of zeros; cut where they are larger."""
+    if size is None:
+        return images
+    height, width = (size - length for length in images.shape[-2:])
+    borders = (width // 2, width - width // 2, height // 2, height - height // 2)
+    return F.pad(images, borders).contiguous()
+
+
 def _in_blocks(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     # Float copies of a whole set would need four times its memory.
     parts = [
@@ -306,7 +316,7 @@ def image_splits(
     shape: tuple[int, ...] = ()
     for role, chosen in choice.splits.items():
         native = official[role].read(chosen.rows)
-        pixels = resized(native, options.image_size, options.channels)
+        pixels = centred(resized(native, options.image_size, options.channels), options.canvas)
         shape = tuple(pixels.shape[1:])
         if role == "train" and (mean is None or std is None or shape[0] != native.shape[1]):
             mean, std = moments(pixels)
@@ -352,10 +362,12 @@ def stored_edition(path: Path) -> str:
         return str(stored["edition"]) if "edition" in stored.files else ""
 
 
-def augment_of(named: str, size: int) -> AugmentImages | None:
+def augment_of(named: str, size: int) -> AugmentImages | AffineImages | None:
     """The augmentation an option names; crops shift by up to an eighth of `size`."""
     if named == "none":
         return None
+    if named == "affine":
+        return AffineImages()
     padding = max(1, size // 8) if "crop" in named else 0
     return AugmentImages(padding=padding, flip="flip" in named)
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from stillhouse.batch import Batch, Sample, Source, Splits
@@ -58,7 +58,19 @@ class FolderOptions(OwnOptions):
     crop_area: float = Field(
         0.35, gt=0.0, le=1.0, description="least share of the image's area that a crop keeps"
     )
+    label_list: str | None = Field(
+        None,
+        description="file that names the images of train that keep their labels, one a line or "
+        "the 'train' of a few-shot split in JSON; the rest becomes the split 'unlabelled'",
+    )
     workers: int = Field(0, ge=0, description="threads that decode the images of a batch")
+
+    @field_validator("augment")
+    @classmethod
+    def _crops_and_flips(cls, value: Augment) -> Augment:
+        if value == "affine":
+            raise ValueError("images in folders are cropped and flipped; use 'crop' or 'flip'")
+        return value
 
 
 class ImageFolder(DataSet[FolderOptions]):
@@ -180,6 +192,7 @@ class ImageFolderSource:
 
     Attributes:
         targets: the labels.
+        names: paths below the root.
         ids: (N,) int64, a hash of each path.
         fingerprint: of paths, contents, labels, and how images are read.
     """
@@ -204,7 +217,7 @@ class ImageFolderSource:
         self.size = size
         self.augment = augment
         self.workers = workers
-        names = [path.relative_to(root).as_posix() for path in self.files]
+        names = self.names = [path.relative_to(root).as_posix() for path in self.files]
         self.ids = torch.tensor([seed_of("image", name) for name in names])
         digest = hashlib.sha256(repr((size, augment)).encode())
         for name, path, label in zip(names, self.files, labels.tolist(), strict=True):

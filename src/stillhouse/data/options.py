@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from stillhouse.errors import RecipeError, nearest
 
-Augment = Literal["none", "crop", "flip", "crop+flip"]
+Augment = Literal["none", "crop", "flip", "crop+flip", "affine"]
 
 
 class DataOptions(BaseModel):
@@ -71,6 +78,12 @@ class ClassOptions(DataOptions):
         description="share of train that keeps its labels, by the run's seed; the rest becomes "
         "the split 'unlabelled'",
     )
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="rows of every class of train that keep their labels (few-shot), by the "
+        "run's seed; the rest becomes the split 'unlabelled'",
+    )
     few_shot: int | float | None = Field(
         None,
         description="what students see of train: a share of its rows (below 1), or a count of "
@@ -89,6 +102,14 @@ class ClassOptions(DataOptions):
         if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
             raise ValueError("a count of rows (integer >= 1) or a share in (0, 1)")
         return value
+
+    @model_validator(mode="after")
+    def _labels_by_one_rule(self) -> ClassOptions:
+        rules = ("label_fraction", "labels_per_class", "label_list")
+        given = [rule for rule in rules if getattr(self, rule, None) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say who keeps a label; give one of them")
+        return self
 
     @field_validator("classes")
     @classmethod
@@ -142,13 +163,22 @@ class ImageOptions(ClassOptions):
     image_size: int | None = Field(
         None, ge=4, le=1024, description="height and width in pixels; None: as they are"
     )
+    canvas: int | None = Field(
+        None,
+        ge=4,
+        le=1024,
+        description="height and width that images are centred in, with zeros around, after "
+        "image_size; None: no border",
+    )
     channels: Literal[1, 3] | None = Field(
         None, description="grey (1) or colour (3); None: as they are"
     )
     augment: Augment = Field(
         "none",
         description="of training reads: crop (random shift by up to an eighth of the size, "
-        "zero padded), flip (left to right, half of the reads); true: what is usual for the set",
+        "zero padded), flip (left to right, half of the reads), affine (turned by up to 15 "
+        "degrees, scaled by up to a fifth, sheared, shifted by up to a tenth); true: what is "
+        "usual for the set",
     )
 
     @field_validator("augment", mode="before")

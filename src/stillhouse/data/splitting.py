@@ -6,6 +6,7 @@ decoded. Chance comes from seeds alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 from stillhouse.batch import Batch, Sample, Source, Splits, Subset, carve, read_rows
 from stillhouse.clock import Views, generator
 from stillhouse.data.options import ClassOptions
+from stillhouse.data.roots import locate
 from stillhouse.errors import DataError, RecipeError, nearest
 
 # Official splits whose rows stand for one another are numbered in this order.
@@ -338,10 +340,98 @@ def withhold_labels(splits: Splits, fraction: float, *, seed: int, name: str) ->
     kept[_first_of_each(shuffled, _dense(labels)[shuffled], [1] * present)] = True
     others = (~kept).nonzero()[:, 0]
     kept[others[stratified(labels[others], count - present, rng)]] = True
-    labelled = Subset(train, kept.nonzero()[:, 0])
-    return _with(
-        splits, train=labelled, unlabelled=Unlabelled(Subset(train, (~kept).nonzero()[:, 0]))
-    )
+    return _divided(splits, kept)
+
+
+def keep_per_class(splits: Splits, count: int, *, seed: int, name: str) -> Splits:
+    """Split "train" as `withhold_labels` does, with `count` labelled rows of every class.
+
+    A larger count contains the rows of a smaller one.
+
+    Raises:
+        DataError: train has no labels, a class has too few rows, or none is left unlabelled.
+    """
+    train = splits["train"]
+    labels = labels_of(train)
+    if labels is None:
+        raise DataError(f"data option 'labels_per_class': {name} train has no labels")
+    sizes = torch.bincount(labels)
+    fewest = int(sizes[sizes > 0].min())
+    if count > fewest or count * int((sizes > 0).sum()) >= len(train):
+        raise DataError(
+            f"data option 'labels_per_class': {count} labelled rows of every class are asked of "
+            f"{name}, whose smallest class has {fewest} of {len(train)} train rows; some must "
+            "stay unlabelled"
+        )
+    shuffled = torch.randperm(len(labels), generator=generator(seed, "labels_per_class"))
+    wanted = [count] * len(sizes)
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    kept[_first_of_each(shuffled, labels[shuffled], wanted)] = True
+    return _divided(splits, kept)
+
+
+def keep_listed(splits: Splits, path: str, *, name: str) -> Splits:
+    """Split "train" as `withhold_labels` does, with the labelled rows that a file names.
+
+    Args:
+        splits: with labelled "train" whose rows have names (files).
+        path: one name a line (the lists of ImageNet with 1 % and 10 % of its labels); or JSON
+            with a list "train" of names or of [name, label, class] (few-shot splits of CoOp).
+            A name may leave out leading folders.
+        name: of the data set.
+
+    Raises:
+        DataError: unreadable; a name that is no row of train, or of several; none is left.
+    """
+    train = splits["train"]
+    names = _names_of(train)
+    if names is None:
+        raise DataError(f"data option 'label_list': the rows of {name} train have no names")
+    by_file: dict[str, list[int]] = {}
+    for row, own in enumerate(names):
+        by_file.setdefault(own.rpartition("/")[2], []).append(row)
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    for listed in _listed(path):
+        rows = by_file.get(listed.rpartition("/")[2], [])
+        found = [r for r in rows if f"/{names[r]}".endswith(f"/{listed}")]
+        if len(found) != 1:
+            what = f"is {len(found)} rows of" if found else "is no row of"
+            near = nearest(listed, names) if not found else ""
+            raise DataError(f"data option 'label_list': '{listed}' {what} {name} train{near}")
+        kept[found[0]] = True
+    if bool(kept.all()):
+        raise DataError(f"data option 'label_list': {path} names every row; none is unlabelled")
+    return _divided(splits, kept)
+
+
+def _listed(path: str) -> list[str]:
+    place = locate(path, option="label_list")
+    try:
+        text = place.read_text(encoding="utf-8")
+        if place.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        entries = json.loads(text)["train"]
+        return [str(e[0]) if isinstance(e, list) else str(e) for e in entries]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"data option 'label_list': {place} is neither lines of names nor JSON with a list "
+            f"'train' ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _names_of(source: Source) -> list[str] | None:
+    if isinstance(source, Subset):
+        inner = _names_of(source.source)
+        return None if inner is None else [inner[row] for row in source.rows.tolist()]
+    found = getattr(source, "names", None)
+    return list(found) if isinstance(found, list) else None
+
+
+def _divided(splits: Splits, kept: Tensor) -> Splits:
+    """The splits with "train" cut into labelled rows and the others, without labels."""
+    train = splits["train"]
+    others = Unlabelled(Subset(train, (~kept).nonzero()[:, 0]))
+    return _with(splits, train=Subset(train, kept.nonzero()[:, 0]), unlabelled=others)
 
 
 # What students see -------------------------------------------------------------------------
@@ -440,10 +530,16 @@ def _dense(labels: Tensor) -> Tensor:
 
 
 class Unlabelled:
-    """A source whose labels are not shown."""
+    """A source whose labels are not shown.
+
+    Attributes:
+        source: with the labels.
+        rows: its positions, all of them.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.rows = torch.arange(len(source))
 
     @property
     def fingerprint(self) -> str:
@@ -456,6 +552,11 @@ class Unlabelled:
     def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
         sample = self.source[item]
         return {key: value for key, value in sample.items() if key != "target"}
+
+    def id_of(self, index: int) -> int:
+        """The content id of position `index`."""
+        find = getattr(self.source, "id_of", None)
+        return int(find(index)) if find is not None else index
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """As the source reads, without `target`."""

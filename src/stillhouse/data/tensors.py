@@ -25,7 +25,8 @@ from stillhouse.errors import DataError, RecipeError, nearest
 _ROLES = ("train", "val", "test", "unlabelled", "transfer")
 _VIEWS = {"images": "x", "features": "x", "data": "x", "labels": "target", "y": "target"}
 _BY_CLASS = (
-    "classes", "per_class", "long_tail", "label_fraction", "few_shot", "drop_classes", "modulo",
+    "classes", "per_class", "long_tail", "label_fraction", "labels_per_class", "few_shot",
+    "drop_classes", "modulo",
 )  # fmt: skip
 
 

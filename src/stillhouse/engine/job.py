@@ -20,7 +20,7 @@ import torch
 from torch import Generator, nn
 
 from stillhouse.artifact import Artifact
-from stillhouse.batch import Batch, Order, Shuffled, Source, Splits
+from stillhouse.batch import Batch, Order, Shuffled, Source, Splits, Streams
 from stillhouse.clock import Clock, Name, Views, generator, seed_of
 from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.hardware import Hardware
@@ -260,11 +260,23 @@ class Job:
     def order(self, split: str = "train", batch: int | None = None, **settings: Any) -> Order:
         """The shuffled order of a split, in batches of the budget."""
         size = batch or self.budget.batch
-        store = getattr(getattr(self.recipe, "teacher", None), "store", None)
-        if store is not None and store.draws:
-            # Every side of a comparison then reads the same augmentations, stored or not.
-            settings.setdefault("draws", store.draws)
+        settings = {**self._draws(), **settings}
         return Shuffled(self.splits[split], size, collate=self.task.collate, **settings)
+
+    def streams(self, streams: Mapping[str, tuple[str, int]], **settings: Any) -> Streams:
+        """Several splits read side by side.
+
+        Args:
+            streams: name of each stream to (split, rows of its global batch).
+            settings: of `Streams`, such as `drive`.
+        """
+        sources = {name: (self.splits[split], size) for name, (split, size) in streams.items()}
+        return Streams(sources, collate=self.task.collate, **{**self._draws(), **settings})
+
+    def _draws(self) -> dict[str, Any]:
+        store = getattr(getattr(self.recipe, "teacher", None), "store", None)
+        # Every side of a comparison then reads the same augmentations, stored or not.
+        return {"draws": store.draws} if store is not None and store.draws else {}
 
     # ---- stages ----------------------------------------------------------------------------
 

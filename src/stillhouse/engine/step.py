@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stillhouse.batch import Batch, Order, Rows
+from stillhouse.batch import Batch, Order, Rows, read_block
 from stillhouse.clock import Clock, Views, generator, seed_of
 from stillhouse.engine import sharding
 from stillhouse.engine.hardware import Hardware
@@ -368,15 +368,8 @@ class Training:
 
     def read_block(self, rows: Rows, epoch: int) -> Batch:
         """This process's contiguous block of a step's rows."""
-        whole = len(rows)
-        world, rank = self.hardware.world, self.hardware.rank
-        start, stop = whole * rank // world, whole * (rank + 1) // world
-        if world > 1:
-            rows = rows[start:stop]
-        batch = self.order.read(rows, Views(self._views.seed, epoch))
-        batch["rows"] = slice(start, stop)
-        batch["of"] = whole
-        return batch
+        views = Views(self._views.seed, epoch)
+        return read_block(self.order, rows, views, self.hardware.rank, self.hardware.world)
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, float]] | None:
         """What part of the step's mean each micro-batch holds, by term; None: refuse."""

@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from stillhouse.errors import ModelError, RecipeError, nearest
 from stillhouse.losses.chunked import wide
 from stillhouse.net import Net
 
 KINDS = ("linear", "nonlinear")
+BACKGROUNDS = ("free", "unit")
 
 
 class ExtraHead(nn.Module):
@@ -243,3 +245,149 @@ def _linear(width: int, out: int, generator: Generator | None) -> nn.Linear:
         bound = 1.0 / math.sqrt(width)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     return layer
+
+
+class CosineHead(nn.Module):
+    """A linear layer on features of unit length: scale * (W normalize(z) + b).
+
+    The bias stands inside the factor (erjui/DHO, train_imgnet_semi.py: scale 100, the same
+    cosine classifier as a CLIP teacher's). Scaling the features changes nothing.
+
+    Args:
+        source: a linear layer, whose shape, device and dtype are taken over, or
+            (in_features, out_features).
+        scale: > 0.
+        generator: CPU generator of the weights; the default generator when None.
+
+    Raises:
+        ModelError: no such widths, or a scale that is not above 0.
+    """
+
+    def __init__(
+        self,
+        source: nn.Linear | tuple[int, int],
+        scale: float = 100.0,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ModelError(f"the scale of a cosine head must be above 0, not {scale}")
+        self.scale = scale
+        self.net = _linear(*_widths(source), generator)
+        if isinstance(source, nn.Linear):
+            self.to(device=source.weight.device, dtype=source.weight.dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (..., out_features) of features (..., in_features)."""
+        logits: Tensor = self.net(F.normalize(features, dim=-1))
+        return self.scale * logits
+
+
+class TextHead(nn.Module):
+    """A classifier whose class vectors are text embeddings: scale * normalize(f) @ t_c.
+
+    The matrix is a buffer: it is saved, not trained, and may be exchanged for that of other
+    classes (`swap`). A learnt background class stands last.
+
+    Args:
+        matrix: (classes, width) class vectors; taken as they are.
+        background: None, or a learnt vector beside them: "free" as it is (EZAD), "unit" brought
+            to unit length at every call (OADP). Drawn by Xavier's rule.
+        scale: factor of the cosines: 100 in CLIP, 1 / temperature elsewhere.
+        learn_scale: the factor is exp of a parameter that begins at log(scale).
+        normalise: bring features to unit length; False where they are already.
+        generator: CPU generator of the background vector.
+
+    Raises:
+        ModelError: no matrix of classes, or a scale that is not above 0.
+        RecipeError: an unknown kind of background.
+    """
+
+    matrix: Tensor
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        background: Literal["free", "unit"] | None = None,
+        scale: float = 100.0,
+        *,
+        learn_scale: bool = False,
+        normalise: bool = True,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if matrix.ndim != 2 or not matrix.is_floating_point():
+            raise ModelError(
+                "a text head takes class vectors (classes, width), not "
+                f"{tuple(matrix.shape)} of {matrix.dtype}"
+            )
+        if not scale > 0:
+            raise ModelError(f"the scale of a text head must be above 0, not {scale}")
+        if background not in (None, "free", "unit"):
+            raise RecipeError(
+                f"unknown background '{background}'{nearest(background, BACKGROUNDS)}"
+            )
+        self.register_buffer("matrix", matrix.detach().clone())
+        self.kind, self.normalise, self.scale = background, normalise, scale
+        self.background: nn.Parameter | None = None
+        if background is not None:
+            drawn = torch.empty(1, matrix.shape[1], dtype=torch.float32)
+            nn.init.xavier_uniform_(drawn, generator=generator)
+            self.background = nn.Parameter(drawn.to(matrix))
+        self.log_scale: nn.Parameter | None = None
+        if learn_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)).to(matrix))
+
+    @property
+    def classes(self) -> int:
+        """Number of classes without the background."""
+        return self.matrix.shape[0]
+
+    def swap(self, matrix: Tensor) -> None:
+        """Take the vectors of other classes (classes, width) in place of the present ones.
+
+        Raises:
+            ModelError: another width.
+        """
+        if matrix.ndim != 2 or matrix.shape[1] != self.matrix.shape[1]:
+            raise ModelError(
+                f"class vectors of shape {tuple(matrix.shape)} cannot take the place of "
+                f"{tuple(self.matrix.shape)}: the width must be the same"
+            )
+        self.matrix = matrix.detach().to(self.matrix).clone()
+
+    def forward(self, features: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Logits, the background last.
+
+        Args:
+            features: (..., width).
+            allowed: (classes,) bool; the others' logits are minus infinity, as those of novel
+                classes in training.
+
+        Returns:
+            (..., classes), or (..., classes + 1) with a background.
+
+        Raises:
+            ModelError: features of another width.
+        """
+        if features.shape[-1] != self.matrix.shape[1]:
+            raise ModelError(
+                f"the text head compares vectors of width {self.matrix.shape[1]}, got features of "
+                f"shape {tuple(features.shape)}"
+            )
+        unit = F.normalize(features, dim=-1) if self.normalise else features
+        logits = unit @ self.matrix.to(unit.dtype).T
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
+        if self.background is not None:
+            vector: Tensor = self.background
+            vector = F.normalize(vector, dim=-1) if self.kind == "unit" else vector
+            logits = torch.cat([logits, unit @ vector.to(unit.dtype).T], dim=-1)
+        factor = self.scale if self.log_scale is None else self.log_scale.exp()
+        return factor * logits
+
+    def extra_repr(self) -> str:
+        """Shape and settings, for printing."""
+        classes, width = self.matrix.shape
+        return f"{width} -> {classes}, background={self.kind}, scale={self.scale:g}"

@@ -35,15 +35,22 @@ class Headed(Live):
     def bind(self, wants: Sequence[Want], task: Any) -> None:
         """As a live teacher; the store serves when nothing but the head's ends is wanted."""
         super().bind(wants, task)
-        self._spares = bool(wants) and set(wants) <= {Want("logits"), FEATURES}
+        self._spares = bool(wants) and {want.within for want in wants} <= {Want("logits"), FEATURES}
         if self._spares:
-            self.stored.bind((FEATURES,), task)
+            views = dict.fromkeys(want.view for want in wants)
+            self.stored.bind([FEATURES._replace(view=view) for view in views], task)
 
     def knowledge(self, batch: Batch) -> Knowledge:
         """What was asked for in `bind`."""
         if not self._spares:
             return super().knowledge(batch)
         kept = self.stored.knowledge(batch)
+        streams = list(dict.fromkeys(want.stream for want in self._wants))
+        if streams == [""]:
+            return self._headed(kept)
+        return Knowledge.of_streams({name: self._headed(kept.stream(name)) for name in streams})
+
+    def _headed(self, kept: Knowledge) -> Knowledge:
         head = self.net.head_layer()
         features = kept.tensor(FEATURES.key).to(head.weight.dtype)
         with torch.no_grad():

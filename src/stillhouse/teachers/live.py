@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillhouse.batch import Batch
 from stillhouse.errors import ModelError, TeacherError, nearest
 from stillhouse.net import Net, Output
-from stillhouse.teacher import Frozen, Knowledge, Value, Want
+from stillhouse.teacher import Frozen, Knowledge, Value, Want, answered
 
 # Wants that are not a field of the answer, but access to the module itself.
 ACCESS = frozenset({"fresh", "input_grad", "weights"})
@@ -146,12 +146,15 @@ class Live:
         Raises:
             TeacherError: a wanted field is not given.
         """
+        return answered(self._wants, batch, self._answer)
+
+    def _answer(self, batch: Batch, wants: Sequence[Want]) -> Knowledge:
         values: dict[str, Value] = {}
-        if not self._wants:
+        if not wants:
             return Knowledge(_fields(self._ask(batch.view(self.net.view))))
-        for view in dict.fromkeys(w.view for w in self._wants):
+        for view in dict.fromkeys(w.view for w in wants):
             fields = _fields(self._ask(batch.view(self.net.view if view == "x" else view)))
-            for want in self._wants:
+            for want in wants:
                 if want.view != view:
                     continue
                 if want.field in fields:
