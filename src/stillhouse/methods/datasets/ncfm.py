@@ -860,7 +860,7 @@ class NCFM(PixelDistillation):
             accumulate=1,
             clip=Clip(),
             keep=Last(),
-            validate=self._evaluation(job, objective),
+            validate=self.evaluation(job, objective),
             validate_every=None if every is None else every * steps,
             kind="synthesis",
         )
