@@ -178,7 +178,9 @@ class StoreSpec(Section):
     k: Count = Field(default=16, description="classes kept per row by topk, truncate and sample")
     temperature: Positive = Field(default=1.0, description="at which probabilities are kept")
     dtype: Literal["float16", "float32", "bfloat16", "int8"] = Field(
-        default="float16", description="numbers on disk"
+        default="float16",
+        description="numbers on disk; int8: a byte each, with a scale and a zero point per vector "
+        "(a quarter of float32), off by 1/508 of the vector's range at most",
     )
     draws: Count | None = Field(
         default=None, description="augmented views stored per sample; none: only the plain one"

@@ -89,6 +89,15 @@ def test_kd_from_a_float16_store_stays_near(tmp_path: Path):
     assert 0 < distance(live, kept) < 1e-2
 
 
+def test_kd_from_an_int8_store_stays_near(tmp_path: Path):
+    live, _ = trained(recipe(), tmp_path / "live")
+    kept, _ = trained(recipe({"dtype": "int8"}), tmp_path / "kept")
+    assert 0 < distance(live, kept) < 2e-2
+    store = Store.open(stores()[0])
+    assert store.fields["logits"].dtype == "int8"
+    assert store.stride == 4 * 1 + 2 + 2
+
+
 def test_augmented_views_are_captured_draw_by_draw(tmp_path: Path):
     budget = {"steps": 40, "batch": 32, "lr": 0.05, "optimizer": "sgd"}
     finite = {"dtype": "float32", "draws": 3}

@@ -100,6 +100,7 @@ class Header:
     def text(self) -> str:
         """The JSON file, its sha256 included."""
         body: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        body |= _record_text(self.fields)
         body["sha256"] = _sha_of(body)
         return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
@@ -135,6 +136,14 @@ class Header:
                 "by hand; delete the folder and capture again"
             )
         fields = tuple(Field(**{**f, "shape": tuple(f["shape"])}) for f in body.pop("fields"))
+        record = {name: body.pop(name, None) for name in ("stride", "columns")}
+        # Stores of before the columns were told are read as long as their form is the same.
+        told = record["columns"] is not None or any(f.dtype == "int8" for f in fields)
+        if told and record != _record_text(fields):
+            raise CheckpointError(
+                f"the records of the store {where.parent} are laid out otherwise than this version "
+                "of Stillhouse does it; delete the folder and capture again"
+            )
         return cls(fields=fields, **body)
 
     def check(
@@ -190,6 +199,22 @@ class Header:
                 f"the store {path} holds other augmentations of the samples (their seed "
                 f"is {self.views}, the run's is {views}); {again}"
             )
+
+
+def _record_text(fields: Sequence[Field]) -> dict[str, Any]:
+    """How a record is read without this library: byte offset, dtype and shape of each part."""
+    places, stride = lay_out(fields)
+    columns = [
+        {
+            "field": place.field.name,
+            "column": place.column.name,
+            "dtype": place.column.dtype,
+            "shape": list(place.column.shape),
+            "offset": place.offset,
+        }
+        for place in places
+    ]
+    return {"stride": stride, "columns": columns}
 
 
 def _sha_of(body: Mapping[str, Any]) -> str:
