@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ Sample = dict[str, Any]
 # What one step reads: (B,) int64 positions in a source, or `StreamRows` of several sources.
 Rows = Any
 
+_TOGETHER_BYTES = 1 << 18  # read at once it is still in the processor's cache when it is used
 RESERVED = ("id", "draw", "rows", "of", "target", "weight", "mask")
 
 
@@ -129,6 +131,14 @@ class Batch(dict[str, Any]):
             start = stop
         return parts
 
+    def cut(self, sizes: Sequence[int]) -> list[Batch]:
+        """Consecutive pieces of these sizes, as views on the same memory, one call per view.
+
+        For a batch as a source gives it: `rows` and `of` are left out.
+        """
+        whole = {k: _pieces(v, sizes) for k, v in self.items() if k not in {"rows", "of"}}
+        return [Batch({k: v[n] for k, v in whole.items()}) for n in range(len(sizes))]
+
     def narrow(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) as a view on the same memory."""
         cut = {k: _cut(v, start, stop) for k, v in self.items() if k not in {"rows", "of"}}
@@ -169,6 +179,17 @@ def _take(value: Any, rows: Tensor) -> Any:
     if isinstance(value, list):
         return [value[i] for i in rows.tolist()]
     return value
+
+
+def _pieces(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
+    if isinstance(value, Tensor) and value.ndim:
+        return value.split(list(sizes))
+    if isinstance(value, Batch):
+        return value.cut(sizes)
+    if isinstance(value, list):
+        ends = list(itertools.accumulate(sizes))
+        return [value[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [value] * len(sizes)
 
 
 def _cut(value: Any, start: int, stop: int) -> Any:
@@ -257,6 +278,13 @@ class TensorSource:
             batch = self.augment(batch, Views(seed))
         return {k: v[0] for k, v in batch.items()}
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that is read; 0 when a reading is more than its rows, one by one."""
+        if self.augment is not None or type(self).read is not TensorSource.read:
+            return 0
+        return sum(_row_bytes(v, self.scale) for v in self.views.values())
+
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """The samples at positions `rows`; augmented unless `views` is None."""
         batch = self._gather(rows)
@@ -276,6 +304,13 @@ class TensorSource:
                 taken = taken.float().div_(255.0)
             batch[name] = taken
         return batch
+
+
+def _row_bytes(value: Any, scale: bool) -> int:
+    if not isinstance(value, Tensor):
+        return 64
+    widened = 4 if scale and value.dtype == torch.uint8 else 1
+    return int(value[0].numel()) * value.element_size() * widened
 
 
 def _content_hash(name: str, views: Mapping[str, Any], ids: Tensor, augment: Any) -> str:
@@ -325,6 +360,11 @@ class Subset:
         inner = int(self.rows[index])
         find = getattr(self.source, "id_of", None)
         return int(find(inner)) if find is not None else inner
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the source; 0 where it does not say."""
+        return int(getattr(self.source, "row_bytes", 0))
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """As the source reads; see `read_rows`."""
@@ -532,8 +572,23 @@ class Shuffled:
 
     def read(self, rows: Rows, views: Views) -> Batch:
         """The samples at `rows`, augmented by the epoch's draw."""
-        chance = Views(views.seed, views.epoch, self.draws) if self.augment else None
+        chance: Views | None = views
+        if not self.augment:
+            chance = None
+        elif views.draws != self.draws:
+            chance = Views(views.seed, views.epoch, self.draws)
         return read_rows(self.source, rows, chance, self.collate)
+
+    @property
+    def together(self) -> int:
+        """How many small steps are read at once, which gives what reading them singly gives."""
+        row = int(getattr(self.source, "row_bytes", 0))
+        return max(1, _TOGETHER_BYTES // (row * self.batch)) if row else 1
+
+    def read_together(self, steps: Sequence[Rows], views: Views) -> list[Batch]:
+        """The batches of several steps: one gather, then views on it."""
+        whole = self.read(torch.cat(list(steps)), views)
+        return whole.cut([len(rows) for rows in steps])
 
 
 @dataclass(frozen=True)

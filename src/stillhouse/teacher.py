@@ -190,11 +190,11 @@ def answered(
         batch: plain, or of streams.
         answer: gives what is wanted of a plain batch; it never hears of streams.
     """
+    if not any("/" in want.view for want in wants):
+        return answer(batch, wants)
     by_stream: dict[str, list[Want]] = {}
     for want in wants:
         by_stream.setdefault(want.stream, []).append(want.within)
-    if list(by_stream) in ([], [""]):
-        return answer(batch, wants)
     return Knowledge.of_streams(
         {name: answer(batch.view(name), own) for name, own in by_stream.items()}
     )

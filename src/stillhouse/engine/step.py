@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stillhouse.batch import Batch, Order, Rows, read_block
+from stillhouse.batch import Batch, Order, Rows, Shuffled, read_block
 from stillhouse.clock import Clock, Views, generator, seed_of
 from stillhouse.engine import sharding
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.profile import StepProfile
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.objective import Count, Objective
+from stillhouse.objective import PREPARE, Count, Objective
 from stillhouse.teacher import Knowledge, Teacher
 
 Factory = Callable[[Iterable[Any]], Optimizer]
@@ -176,6 +176,7 @@ class Training:
         self._views = Views(seed_of(clock.seed, "views"))
         self._order_seed = seed_of(clock.seed, clock.path, "order")
         self._noise = seed_of(clock.seed, clock.path, "noise", hardware.rank)
+        self._amounts: dict[str, float] = {}
         self._sums: dict[str, Any] = {}
         self._summed = 0
         self._refused = 0
@@ -185,6 +186,7 @@ class Training:
         self.teacher_seconds = 0.0
         self.last: dict[str, float] = {}
         self._on_cpu = hardware.device.type == "cpu"
+        self._mixed = hardware.precision.endswith("-mixed")
         self._scaler = (
             torch.amp.GradScaler(hardware.device.type) if hardware.precision == "16-mixed" else None
         )
@@ -195,7 +197,7 @@ class Training:
             else {n: p.detach().clone() for n, p in objective.student.state_dict().items()}
         )
         self.ema_decay = ema or 0.0
-        self._reader = _ReadAhead(self, prefetch) if prefetch else None
+        self._reader = _ReadAhead(self, prefetch) if prefetch else _together(self)
         self.profile = profile
 
     def _refuse_what_cannot_be(self, ema: float | None) -> None:
@@ -310,7 +312,10 @@ class Training:
         batch = self._read(rows, clock)
         if profile is not None:
             profile.lap("data")
+        self._amounts = {}
         if type(objective).prepare is not Objective.prepare:
+            for part in self.parts:
+                part.begin_slot(PREPARE)
             with torch.no_grad():
                 batch = objective.prepare(batch, clock)
             if profile is not None:
@@ -368,8 +373,15 @@ class Training:
 
     def read_block(self, rows: Rows, epoch: int) -> Batch:
         """This process's contiguous block of a step's rows."""
-        views = Views(self._views.seed, epoch)
-        return read_block(self.order, rows, views, self.hardware.rank, self.hardware.world)
+        hardware = self.hardware
+        return read_block(self.order, rows, self.views_of(epoch), hardware.rank, hardware.world)
+
+    def views_of(self, epoch: int) -> Views:
+        """The chance of an epoch's readings."""
+        views = self._views
+        if views.epoch != epoch:
+            views = self._views = Views(views.seed, epoch)
+        return views
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, float]] | None:
         """What part of the step's mean each micro-batch holds, by term; None: refuse."""
@@ -444,7 +456,8 @@ class Training:
         if not self._on_cpu:
             _seed_device(self.hardware.device, seed_of(self._noise, clock.step, number, clock.turn))
         for part in self.parts:
-            part.begin_slot(number)
+            if part._slot != number:
+                part.begin_slot(number)
         known = knowledge[number]
         if self.profile is not None:
             self.profile.lap("engine")
@@ -452,14 +465,17 @@ class Training:
             known = knowledge[number] = self._ask(micro[number])
             if self.profile is not None:
                 self.profile.lap("teacher")
-        with self.hardware.autocast():
-            terms: dict[str, Tensor] = self.module(micro[number], known, clock)
+        if self._mixed:
+            with self.hardware.autocast():
+                terms: dict[str, Tensor] = self.module(micro[number], known, clock)
+        else:
+            terms = self.module(micro[number], known, clock)
         if self.profile is not None:
             self.profile.lap("student forward")
         share = shares[number]
+        if share is _WHOLE[0]:
+            return terms
         if len(micro) == 1 and self.hardware.world == 1:
-            if len(share) == 1 and "" in share:
-                return terms
             return {n: v for n, v in terms.items() if share.get(_prefix(n, share), 0.0) > 0}
         return {
             name: value * share[_prefix(name, share)]
@@ -627,9 +643,11 @@ class Training:
             self._pending = bad if self._pending is None else torch.maximum(self._pending, bad)
             self._pending_names = list(terms)
             return True
-        for name, value in terms.items():
-            if not math.isfinite(float(value)):
+        amounts = {name: value.item() for name, value in terms.items()}
+        for name, amount in amounts.items():
+            if not math.isfinite(amount):
                 self._not_finite([name], clock)
+        self._amounts.update(amounts)
         return True
 
     def _guard(self, terms: Mapping[str, Tensor], clock: Clock) -> None:
@@ -670,8 +688,9 @@ class Training:
 
     def _keep(self, terms: Mapping[str, Tensor], clock: Clock) -> None:
         sums = self._sums
-        for name, value in terms.items():
-            amount = value.item() if self._on_cpu else value.detach()
+        # On the CPU the guard has read the numbers; elsewhere reading waits for the device.
+        amounts = self._amounts if self._on_cpu else {n: v.detach() for n, v in terms.items()}
+        for name, amount in amounts.items():
             sums[name] = sums[name] + amount if name in sums else amount
         self._summed += 1
         if (clock.step + 1) % self.log_every == 0 or clock.step + 1 == clock.total:
@@ -698,7 +717,7 @@ class Training:
     def close(self) -> None:
         """Let go of gradients and reading threads."""
         if self._reader is not None:
-            self._reader.pool.shutdown(wait=False, cancel_futures=True)
+            self._reader.close()
         for parameter in self.params.values():
             parameter.grad = None
 
@@ -729,6 +748,48 @@ class _ReadAhead:
                 )
         batch: Batch = self.pending.pop((epoch, index)).result()
         return batch
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Together:
+    """Reads some coming steps at once, where steps are so small that each call is felt.
+
+    What a step gets does not depend on which steps were read with it, so that a resumed run
+    may begin anywhere.
+    """
+
+    def __init__(self, training: Training, order: Shuffled) -> None:
+        self.training, self.order = training, order
+        self.count = order.together
+        self.held: list[Batch] = []
+        self.begins = (-1, 0)
+
+    def take(self, epoch: int, index: int) -> Batch:
+        """The batch of this step."""
+        at = index - self.begins[1]
+        if epoch != self.begins[0] or not 0 <= at < len(self.held):
+            steps = self.training._rows[index : index + self.count]
+            self.held = self.order.read_together(steps, self.training.views_of(epoch))
+            self.begins, at = (epoch, index), 0
+        batch = self.held[at]
+        size = len(batch["id"])
+        batch["rows"] = slice(0, size)
+        batch["of"] = size
+        return batch
+
+    def close(self) -> None:
+        """Let go of what was read."""
+        self.held = []
+
+
+def _together(training: Training) -> _Together | None:
+    order = training.order
+    if training.hardware.world > 1 or type(order) is not Shuffled or order.together < 2:
+        return None
+    return _Together(training, order)
 
 
 @contextmanager
