@@ -161,7 +161,8 @@ class _Selection:
         metric = self.keep.metric or self.job.task.main_metric
         if metric not in scores:
             raise RecipeError(
-                f"selection by '{metric}', but validation gives{nearest(metric, scores)[1:]}"
+                f"the best state is chosen by '{metric}', which validation does not give"
+                f"{nearest(metric, scores)}"
             )
         sign = 1.0 if self.job.task.higher_is_better else -1.0
         if self.best is None or sign * scores[metric] > sign * self.best:
