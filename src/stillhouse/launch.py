@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import nn
 from stillhouse import catalogue
 from stillhouse._version import __version__
 from stillhouse.artifact import Artifact, alterations_of
-from stillhouse.batch import Splits
+from stillhouse.batch import Splits, Subset
 from stillhouse.data.registry import open_data
 from stillhouse.data.roots import cache_folder
 from stillhouse.engine.checkpoint import write_atomic
@@ -30,7 +31,15 @@ from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.job import Family, Job, locked
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.loop import StopRequest
-from stillhouse.errors import RecipeError, RunFolderError, TeacherError
+from stillhouse.errors import (
+    ModelError,
+    OptionError,
+    RecipeError,
+    RunFolderError,
+    StillhouseError,
+    TeacherError,
+    nearest,
+)
 from stillhouse.method import Method, StudentTraining
 from stillhouse.models.loading import load_model
 from stillhouse.net import Net
@@ -61,7 +70,6 @@ class Given:
         student: a module; copied for every side and seed, so that all begin equal.
         teacher: a module or a Teacher.
         splits: the data.
-        method: a method class that is not in the catalogue.
     """
 
     student: nn.Module | None = None
@@ -98,7 +106,9 @@ class RecipeModels:
     Args:
         recipe: of the run.
         given: modules handed in as objects.
-        teacher_folder: where a nested recipe's run lies.
+
+    Attributes:
+        teacher_net: the network that teaches, once `teacher` has been called and it is one.
     """
 
     def __init__(self, recipe: Recipe, given: Given) -> None:
@@ -131,7 +141,11 @@ class RecipeModels:
                 name, options=spec.options, weights=spec.weights, about=job.task.about
             )
 
-        return self._arranged(job.task.net(job.build(make, role), spec.taps))
+        try:
+            return self._arranged(job.task.net(job.build(make, role), spec.taps))
+        except ModelError as error:
+            section = "student" if spec is self.recipe.student else "teacher"
+            raise ModelError(self.recipe.placed(section, str(error))) from error
 
     def _arranged(self, net: Net) -> Net:
         """The net laid out and compiled as the recipe's hardware says; its state keeps its keys."""
@@ -183,6 +197,8 @@ class RecipeModels:
             self._check_teacher(job, net)
             if spec.train is not None:
                 self._train(home, net, spec)
+            elif _knows_nothing(spec, net):
+                job.log.write("warning", text=KNOWS_NOTHING.format(model=spec.model))
             return self._live(job, net)
         if spec.source == "artifact":
             return self._live(job, self._opened(job, spec))
@@ -209,8 +225,10 @@ class RecipeModels:
         module = artifact.module
         if not isinstance(module, Net):
             raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
+        self._check_classes(job, artifact, str(spec.artifact))
+        self._check_teacher(job, module.to(job.device))
         self._built["teacher"] = artifact.model
-        return module.to(job.device)
+        return module
 
     def _home(self, job: Job, spec: TeacherSpec) -> Job:
         """The job on the data that the teacher is trained on: its own, where it has any."""
@@ -284,6 +302,19 @@ class RecipeModels:
 
             return captured(job, teacher, spec.store)
         return teacher
+
+    def _check_classes(self, job: Job, artifact: Artifact, where: str) -> None:
+        """As many classes are not enough: they must be the same, in the same order."""
+        taught = list(artifact.meta.get("about", {}).get("classes") or ())
+        wanted = [str(name) for name in job.task.about.get("classes") or ()]
+        if taught and wanted and taught != wanted:
+            at = next((i for i, (a, b) in enumerate(zip(taught, wanted)) if a != b), None)
+            first = f"; class {at} is '{taught[at]}' there, '{wanted[at]}' here" if at else ""
+            raise TeacherError(
+                f"the teacher {where} was made for {len(taught)} classes of "
+                f"'{artifact.meta.get('data', 'other data')}', the run reads {len(wanted)} of "
+                f"'{job.splits.edition}'{first}"
+            )
 
     def _live(self, job: Job, net: Net) -> Teacher:
         self.teacher_net = net
@@ -362,6 +393,19 @@ class RecipeModels:
         )
 
 
+KNOWS_NOTHING = (
+    "the teacher {model} has neither weights nor train: it is freshly initialised and knows nothing"
+)
+
+
+def _knows_nothing(spec: TeacherSpec, net: Net) -> bool:
+    """Whether a teacher would be asked as the seed has left it. A folder brings its weights."""
+    if spec.train is not None or spec.weights is not None or spec.model is None:
+        return False
+    parameters = any(True for _ in net.parameters())
+    return parameters and not Path(spec.model).expanduser().is_dir()
+
+
 def _plain_about(about: Mapping[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in about.items():
@@ -387,7 +431,14 @@ def open_splits(recipe: Recipe, given: Given) -> Splits:
     """The recipe's data."""
     if given.splits is not None:
         return given.splits
-    return open_data(recipe.data.name, seed=recipe.seed, options=recipe.data.options)
+    try:
+        return open_data(recipe.data.name, seed=recipe.seed, options=recipe.data.options)
+    except OptionError as error:
+        lines = [
+            recipe.placed(f"data.options.{option}" if option else "data.options", what)
+            for option, what in error.wrong.items()
+        ]
+        raise RecipeError("\n".join(lines)) from error
 
 
 def open_job(
@@ -464,17 +515,47 @@ def guard_folder(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
     Raises:
         RunFolderError: the recipe was changed and no stage is to be redone.
     """
+    changed = _changed(recipe, folder)
+    if changed == []:
+        return
+    if changed and not redo and _begun(folder):
+        raise RunFolderError(
+            f"{folder} holds a run of another recipe; changed: {', '.join(changed)}. "
+            "Give another --folder, or --redo STAGE to run that stage and all after it again"
+        )
+    write_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
+
+
+def _changed(recipe: Recipe, folder: Path) -> list[str] | None:
+    """The fields that differ from the recipe in a folder; None where there is no recipe."""
     path = folder / "recipe.yaml"
-    if path.exists():
-        changed = differences(load_recipe(path), recipe)
-        if changed and not redo and _begun(folder):
-            raise RunFolderError(
-                f"{folder} holds a run of another recipe; changed: {', '.join(changed)}. "
-                "Give another --folder, or --redo STAGE to run that stage and all after it again"
+    if not path.exists():
+        return None
+    try:
+        return differences(load_recipe(path), recipe)
+    except StillhouseError as error:
+        return [f"the record of it, which cannot be read ({error})"]
+
+
+def guard_redo(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
+    """Refuse to redo a stage that neither the method's card nor the folder knows.
+
+    Raises:
+        RecipeError: names the stages that can be redone.
+    """
+    known = {"judge", "judge-teacher"}
+    inner: Recipe | None = recipe
+    while inner is not None:
+        card = catalogue.find(inner.method).card
+        known |= {str(name).rstrip("?") for name, _ in card.get("stages", ())}
+        inner = inner.teacher.recipe if inner.teacher is not None else None
+    # A finished or begun stage holds a stamp; rounds and children lie deeper.
+    known |= {stamp.parent.name for stamp in (folder / "stages").rglob("stamp.state")}
+    for name in redo:
+        if name not in known:
+            raise RecipeError(
+                f"--redo {name}: '{recipe.method}' has no such stage{nearest(name, known)}"
             )
-        if not changed:
-            return
-    write_atomic(path, dump_recipe(recipe).encode())
 
 
 def _begun(folder: Path) -> bool:
@@ -542,6 +623,7 @@ def run_side(
     *,
     given: Given | None = None,
     progress: bool = False,
+    redo: bool = False,
 ) -> dict[str, float]:
     """Run one side at one seed in its own folder, once.
 
@@ -552,21 +634,26 @@ def run_side(
         folder: resumable; a finished one is not run again.
         given: models and data handed in as objects.
         progress: show it.
+        redo: a side that an earlier recipe has left is run anew; else it is refused.
 
     Returns:
         Figures on the test split, "seconds" and "peak_mb".
+
+    Raises:
+        RunFolderError: the folder holds a side of another recipe.
     """
+    chosen = side_recipe(recipe, recipe.method if side == "teacher" else side, seed)
+    changed = _changed(chosen, folder)
     done = _finished(folder)
-    if done is not None:
+    if done is not None and not changed:
         return dict(done["figures"])
-    if side == "teacher":
-        chosen = side_recipe(recipe, recipe.method, seed)
-    else:
-        chosen = side_recipe(recipe, side, seed)
     hardware = open_hardware(chosen)
     log = RunLog(folder, enabled=hardware.is_main, progress=progress)
     try:
         with locked(folder / "run.lock"):
+            if changed and redo and hardware.is_main:
+                shutil.rmtree(folder / "stages", ignore_errors=True)
+                (folder / "side.json").unlink(missing_ok=True)
             guard_folder(chosen, folder, ())
             job = open_job(chosen, folder, given=given, hardware=hardware, log=log)
             finished = _judge_teacher(job) if side == "teacher" else _run_job(job)
@@ -576,11 +663,12 @@ def run_side(
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    path = folder / "side.json"
-    if not path.exists():
+    """The record of a finished side; a damaged one is made again from its stages."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "side.json").read_bytes())
+        return {**found, "figures": dict(found["figures"])}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _judge_teacher(job: Job) -> Side:
@@ -610,11 +698,35 @@ def _run_job(job: Job) -> Side:
 
 
 def _check(job: Job) -> None:
-    """Before any training: does the student fit the data?"""
+    """Before any training: do the data fit the task, and the student the data?"""
+    job.task.check(None, None)
     models = job.models
     if job.recipe.student is None and getattr(models, "given", Given()).student is None:
         return
-    job.task.check(job.student(), None)
+    student = job.student()
+    job.task.check(student, None)
+    _check_selection(job, student)
+
+
+def _check_selection(job: Job, student: Net) -> None:
+    """Can the state that is kept be chosen as the budget says? Told before a teacher is trained.
+
+    Raises:
+        RecipeError: no validation data, or a figure that validation does not give.
+    """
+    budget, recipe = job.recipe.budget, job.recipe
+    if budget.select != "best" or not catalogue.find(recipe.method).trains_student:
+        return
+    if "val" not in job.splits:
+        raise recipe.refusal(
+            "budget.select", "best needs validation data, and there is none: set data.options.val"
+        )
+    if budget.metric is not None:
+        val = job.splits["val"]
+        figures = job.evaluate(student, Subset(val, torch.arange(min(2, len(val)))))
+        if budget.metric not in figures:
+            what = f"validation gives no figure '{budget.metric}'"
+            raise recipe.refusal("budget.metric", what + nearest(budget.metric, figures))
 
 
 def _close_side(
@@ -674,6 +786,7 @@ def run(
     hardware = open_hardware(recipe)
     with locked(folder / "run.lock") if hardware.is_main else _unlocked():
         if hardware.is_main:
+            guard_redo(recipe, folder, again)
             guard_folder(recipe, folder, again)
             if again:
                 (folder / "side.json").unlink(missing_ok=True)
@@ -691,7 +804,7 @@ def run(
                 main, folder, given=given, hardware=hardware, log=log, redo=again, profiled=profiled
             )
             side = _run_job(job)
-            result = _conclude(recipe, folder, side, given, progress, began)
+            result = _conclude(recipe, folder, side, given, progress, began, bool(again))
         finally:
             log.close()
     return result
@@ -706,7 +819,13 @@ class _unlocked:  # noqa: N801 - stands beside `locked`
 
 
 def _conclude(
-    recipe: Recipe, folder: Path, main: Side, given: Given, progress: bool, began: float
+    recipe: Recipe,
+    folder: Path,
+    main: Side,
+    given: Given,
+    progress: bool,
+    began: float,
+    redo: bool,
 ) -> RunResult:
     assert main.artifact is not None
     assert main.job is not None
@@ -722,7 +841,7 @@ def _conclude(
     )
     if job.hardware.is_main:
         artifact.save(folder / "artifact")
-    sides = _all_sides(recipe, folder, main, given, progress)
+    sides = _all_sides(recipe, folder, main, given, progress, redo)
     summary = _summary(recipe, folder, main, sides, time.monotonic() - began)
     if job.hardware.is_main:
         write_atomic(folder / "run.json", json.dumps(summary, indent=1, default=str).encode())
@@ -738,7 +857,7 @@ OURS, ALONE = "distilled", "alone"
 
 
 def _all_sides(
-    recipe: Recipe, folder: Path, main: Side, given: Given, progress: bool
+    recipe: Recipe, folder: Path, main: Side, given: Given, progress: bool, redo: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Figures by side and seed: the method, what it is compared with, and its teacher."""
     sides: dict[str, dict[str, dict[str, float]]] = {OURS: {str(recipe.seed): main.figures}}
@@ -748,7 +867,9 @@ def _all_sides(
             if str(seed) in sides.get(label, {}):
                 continue
             place = folder / "sides" / name.replace("/", "--") / f"seed-{seed}"
-            figures = run_side(recipe, name, seed, place, given=given, progress=progress)
+            figures = run_side(
+                recipe, name, seed, place, given=given, progress=progress, redo=redo
+            )
             sides.setdefault(label, {})[str(seed)] = figures
     teacher = getattr(main.job.models, "teacher_net", None) if main.job else None
     if teacher is not None and main.job is not None:
@@ -921,7 +1042,7 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
             "rows": {split: splits.peek(split) for split in splits},
             **{k: v for k, v in _plain_about(splits.about).items() if k in {"input", "hash"}},
         },
-        "stages": [{"name": n, "kind": k} for n, k in method.card.stages],
+        "stages": _planned_stages(recipe, method),
         "settings": method.config.model_dump(),
         "folder": str(default_folder(recipe)),
         "seeds": recipe.seeds,
@@ -936,14 +1057,38 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
     if teacher is not None and teacher.model is not None and given.teacher is None:
         models = RecipeModels(recipe, given)
         net = models._net(models._home(job, teacher), teacher, "teacher")
-        task.check(None, net)
+        models._check_teacher(job, net)
         found["models"]["teacher"] = _model_plan(net, teacher)
+        if _knows_nothing(teacher, net):
+            found["warning"] = KNOWS_NOTHING.format(model=teacher.model)
     if "train" in splits:
         budget = recipe.budget
         order = method.order(job) if isinstance(method, StudentTraining) else job.order("train")
         epoch = len(order)
         found["steps"] = budget.steps or (budget.epochs or 1) * epoch
     return {**found, **method.forecast(job)}
+
+
+def _planned_stages(recipe: Recipe, method: Method) -> list[dict[str, str]]:
+    """The card's stages, those of the teacher decided by what the recipe says of it."""
+    teacher = recipe.teacher
+    stages = [{"name": name, "kind": kind} for name, kind in method.card.stages]
+    if teacher is None:
+        return stages
+    kept = [s for s in stages if s["name"] not in {"teacher?", "capture?"}]
+    first: list[dict[str, str]] = []
+    if teacher.recipe is not None:
+        inner = open_method(teacher.recipe)
+        first += [
+            {**stage, "name": f"teacher/{stage['name']}"}
+            for stage in _planned_stages(teacher.recipe, inner)
+        ]
+    if teacher.train is not None:
+        first.append({"name": "teacher", "kind": "train"})
+    named = any(s["name"] in {"capture", "capture-1"} for s in kept)
+    if teacher.store is not None and teacher.source != "store" and not named:
+        first.append({"name": "capture", "kind": "capture"})
+    return [*first, *kept]
 
 
 def _model_plan(net: Net, spec: Any) -> dict[str, Any]:

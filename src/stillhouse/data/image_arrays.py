@@ -85,7 +85,10 @@ def open_npz(path: Path) -> NpzFile:
     try:
         opened = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an npz file: {error}") from error
+        # For whatever it does not know numpy says that pickles may be allowed; they may not.
+        told = "it is no such file, or its beginning is damaged"
+        why = told if isinstance(error, ValueError) else str(error)
+        raise DataError(f"{path} cannot be read as an npz file: {why}") from error
     if not isinstance(opened, NpzFile):
         raise DataError(f"{path} holds one bare array, not named ones (npz)")
     return opened
@@ -102,6 +105,11 @@ def array_of(stored: NpzFile, key: str, path: Path) -> NDArray[Any]:
     try:
         found: NDArray[Any] = stored[key]
     except Exception as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"{path}: the array '{key}' holds Python objects, which only a pickle can keep; "
+                "save numbers (numpy.savez with arrays of one dtype)"
+            ) from error
         # zipfile and zlib raise their own kinds for damaged members.
         raise DataError(f"{path}: the array '{key}' is damaged: {error}") from error
     return found

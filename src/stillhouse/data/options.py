@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -13,8 +13,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
-from stillhouse.errors import RecipeError, nearest
+from stillhouse.errors import OptionError, nearest
+from stillhouse.recipe import what_is_wrong
 
 Augment = Literal["none", "crop", "flip", "crop+flip", "affine"]
 
@@ -203,36 +205,36 @@ def checked_options(name: str, model: type[Options], given: Mapping[str, Any]) -
     """The options of data set `name`, typed, every default filled in.
 
     Raises:
-        RecipeError: an unknown option (the nearest are named), or a value that does not fit;
+        OptionError: an unknown option (the nearest are named), or a value that does not fit;
             every mistake is told at once.
     """
     try:
         return model.model_validate(dict(given))
     except ValidationError as error:
-        wrong = [_sentence(name, model, entry) for entry in _without_branches(error)]
-        raise RecipeError("\n".join(dict.fromkeys(wrong))) from None
+        branches: dict[str, list[ErrorDetails]] = {}
+        for entry in error.errors(include_url=False):
+            branches.setdefault(str(entry["loc"][0]) if entry["loc"] else "", []).append(entry)
+    raise OptionError({f: _sentence(name, model, f, told) for f, told in branches.items()})
 
 
-def _without_branches(error: ValidationError) -> list[Any]:
-    # A union reports once per member; the field and the input are the same each time.
-    found: dict[str, Any] = {}
-    for entry in error.errors(include_url=False):
-        field = str(entry["loc"][0]) if entry["loc"] else ""
-        if field in found:
-            found[field] = {**found[field], "msg": f"{found[field]['msg']}; or {entry['msg']}"}
-        else:
-            found[field] = entry
-    return list(found.values())
-
-
-def _sentence(name: str, model: type[BaseModel], entry: Mapping[str, Any]) -> str:
-    field = str(entry["loc"][0]) if entry["loc"] else ""
-    if entry["type"] == "extra_forbidden":
+def _sentence(
+    name: str, model: type[BaseModel], field: str, entries: Sequence[ErrorDetails]
+) -> str:
+    """What is wrong with one option; a union reports once per member, with the same input."""
+    kind = entries[0]["type"]
+    if kind == "extra_forbidden":
         return f"the data set '{name}' has no option '{field}'{nearest(field, model.model_fields)}"
-    message = str(entry["msg"]).removeprefix("Value error, ")
-    if not field:
-        return f"options of the data set '{name}': {message}"
-    if entry["type"] == "missing":
+    if kind == "missing" and len(entries[0]["loc"]) == 1:
         about = model.model_fields[field].description or ""
         return f"the data set '{name}' needs the option '{field}': {about}"
-    return f"data option '{field}' of '{name}': {message} (given: {entry['input']!r})"
+    told = dict.fromkeys(what_is_wrong(entry, model) for entry in entries)
+    whole, *others = told
+    found = whole.partition(", found ")[2]
+    if others and all(text.endswith(f", found {found}") for text in others):
+        rights = [text.removesuffix(f", found {found}").removeprefix("must be ") for text in told]
+        message = f"must be {' or '.join(rights)}, found {found}"
+    else:
+        message = "; or ".join(told)
+    if kind == "value_error":
+        message += f", found {entries[0]['input']!r}"
+    return f"data option '{field}' of '{name}': {message}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.data.data_set import DataCard, DataSet
-from stillhouse.errors import DataError, RecipeError, nearest
+from stillhouse.errors import DataError, OptionError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from stillhouse.batch import Splits
@@ -70,7 +70,8 @@ def resolve_options(name: str, options: Mapping[str, Any] | None = None) -> dict
     """The options of a data set with every default filled in, as a recipe records them.
 
     Raises:
-        RecipeError: unknown data set or option, or a value that does not fit.
+        RecipeError: unknown data set.
+        OptionError: unknown option, or a value that does not fit.
     """
     from stillhouse.data.options import checked_options
 
@@ -96,7 +97,8 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
         the option `val` is 0.
 
     Raises:
-        RecipeError: unknown data set or option, or a value that does not fit.
+        RecipeError: unknown data set.
+        OptionError: unknown option, or a value that does not fit.
         DataError: missing, damaged or unusable data.
     """
     from stillhouse.data.check import check_splits
@@ -258,12 +260,11 @@ def _bound(name: str, function: Callable[..., Any], options: Mapping[str, Any]) 
         if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY} and key != "seed"
     ]
     if "seed" in options:
-        raise RecipeError(f"data '{name}': the seed is the recipe's; set 'seed' there")
+        raise OptionError({"seed": f"data '{name}': the seed is the recipe's; set 'seed' there"})
     unknown = [key for key in options if key not in {*named, "val"}]
     if unknown and not takes_any:
-        raise RecipeError(
-            f"data '{name}' has no option '{unknown[0]}'{nearest(unknown[0], [*named, 'val'])}"
-        )
+        hint = nearest(unknown[0], [*named, "val"])
+        raise OptionError({unknown[0]: f"data '{name}' has no option '{unknown[0]}'{hint}"})
     filled = {
         key: parameters[key].default
         for key in named
@@ -272,7 +273,7 @@ def _bound(name: str, function: Callable[..., Any], options: Mapping[str, Any]) 
     filled.update(options)
     lacking = [key for key in named if key not in filled]
     if lacking:
-        raise RecipeError(f"data '{name}' needs the option '{lacking[0]}'")
+        raise OptionError({lacking[0]: f"data '{name}' needs the option '{lacking[0]}'"})
     return filled
 
 

@@ -168,7 +168,8 @@ class _Selection:
         metric = self.keep.metric or self.job.task.main_metric
         if metric not in scores:
             raise RecipeError(
-                f"selection by '{metric}', but validation gives{nearest(metric, scores)[1:]}"
+                f"the best state is chosen by '{metric}', which validation does not give"
+                f"{nearest(metric, scores)}"
             )
         sign = 1.0 if self.job.task.higher_is_better else -1.0
         if isinstance(self.keep, Above):

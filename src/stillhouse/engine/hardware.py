@@ -73,6 +73,8 @@ class Hardware:
         kind: Any = "ddp" if devices * nodes > 1 else "auto"
         if accelerator == "auto" and not torch.cuda.is_available():
             accelerator = "cpu"
+        if accelerator == "cpu" and not torchrun:
+            _refuse_crowd(devices)
         self.fabric = Fabric(
             accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=kind
         )
@@ -146,6 +148,20 @@ class Hardware:
         else:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
         return f"{name}; {self.path}"
+
+
+def _refuse_crowd(devices: int) -> None:
+    """Refuse more processes than this machine could ever serve: each holds a copy of all.
+
+    Raises:
+        RecipeError: more than four for each core, and more than eight.
+    """
+    cores = os.cpu_count() or 1
+    if devices > max(8, 4 * cores):
+        raise RecipeError(
+            f"hardware.devices: {devices} processes on a machine of {cores} cores; "
+            f"{cores} is what it can serve at once"
+        )
 
 
 def single_device(accelerator: str) -> torch.device:

@@ -138,7 +138,8 @@ class Job:
         models: builds students and teachers.
         cache: where shared stages lie.
         path: of a child.
-        redo: names of stages to run again, with all that follow.
+        stop: who listens to signals.
+        family: what all jobs of the run share.
     """
 
     def __init__(
@@ -301,10 +302,13 @@ class Job:
             )
         self.family.names.add((*self.path, name))
         folder = self.folder / "stages" / Path(*(_safe(p) for p in (*self.path, name)))
+        again = self.family.redoes(name)
         if share is not None:
             key = hashlib.sha256(json.dumps(share, sort_keys=True, default=str).encode())
             folder = self.cache / "shared" / f"{_safe(name)}-{key.hexdigest()[:20]}"
-        elif self.family.redoes(name) and self.hardware.is_main and folder.exists():
+            # It depends on nothing but `share`, so it is run again only when it is named itself.
+            again = again and self.family.names_redo(name)
+        elif again and self.hardware.is_main and folder.exists():
             _remove(folder)
         self.hardware.barrier()
         output = getattr(self.recipe, "output", None)
@@ -319,6 +323,7 @@ class Job:
             stamp=stamp,
             checkpoint_seconds=60.0 * getattr(output, "checkpoint_minutes", 1.0),
             keep=getattr(output, "keep", 2),
+            anew=again,
         )
 
     @contextlib.contextmanager
@@ -331,6 +336,7 @@ class Job:
         main = self.hardware.is_main
         held = locked(stage.folder / "lock", wait=True) if main else contextlib.nullcontext()
         with held, self.stop.listening():
+            stage.forget()
             self.hardware.barrier()
             yield
 
@@ -626,14 +632,18 @@ class Family:
     def __init__(self, redo: Iterable[str] = ()) -> None:
         self.stages: list[dict[str, Any]] = []
         self.names: set[tuple[str, ...]] = set()
-        self.redo = set(redo)
+        self.redo = {_safe(name) for name in redo}
         self.profiled = False
         self._begun = False
 
     def redoes(self, name: str) -> bool:
         """Whether this stage, or one begun before it, is to be run again."""
-        self._begun = self._begun or name in self.redo
+        self._begun = self._begun or self.names_redo(name)
         return self._begun
+
+    def names_redo(self, name: str) -> bool:
+        """Whether this very stage was named."""
+        return _safe(name) in self.redo
 
 
 @contextlib.contextmanager

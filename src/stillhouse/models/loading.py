@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from stillhouse.artifact import altered, read_description, restore_weights
 from stillhouse.data.roots import cache_root, given_roots
-from stillhouse.errors import MissingExtra, ModelError, nearest
+from stillhouse.errors import MissingExtra, ModelError, StillhouseError, nearest
 
 KINDS = ("timm", "hf", "torchvision", "stillhouse")
 PRETRAINED = "pretrained"
@@ -143,10 +143,10 @@ def imported(name: str, what: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name and module_name.split(".")[0] != error.name.split(".")[0]:
             raise ModelError(f"the {what} '{name}' needs the package '{error.name}'") from error
+        hint = nearest(module_name, KINDS) if what == "model" else ""
         raise ModelError(
             f"the {what} '{name}' names the module '{module_name}', which cannot be imported "
-            f"({error}); known kinds: {', '.join(k + ':' for k in KINDS)}"
-            f"{nearest(module_name, KINDS) if what == 'model' else ''}"
+            f"({error}){hint}"
         ) from error
     finally:
         if added:
@@ -233,7 +233,7 @@ def _call(
             f"{model} needs the option '{sorted(lacking)[0]}', which neither the recipe's options "
             "nor the data give"
         )
-    module = factory(**filled)
+    module = _built(model, lambda: factory(**filled))
     if not isinstance(module, nn.Module):
         raise ModelError(f"{model} made a {type(module).__name__}; an nn.Module is needed")
     return module
@@ -254,8 +254,10 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
             if len(shape) == 3:
                 height, width = shape[1:]
                 facts.update(channels=shape[0], size=height if height == width else (height, width))
-    if isinstance(shape, Mapping):
-        facts.update({k: shape[k] for k in ("vocabulary", "length") if k in shape})
+    if isinstance(shape, Mapping) and "length" in shape:
+        facts["length"] = shape["length"]
+    if "vocabulary" in about:
+        facts["vocabulary"] = about["vocabulary"]
     return facts
 
 
@@ -552,9 +554,13 @@ def _library(name: str, extra: str) -> Any:
 def _built(model: str, make: Callable[[], Any]) -> nn.Module:
     try:
         module = make()
-    except (TypeError, ValueError, AttributeError) as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{model} cannot be built with these options: {told}") from error
+    except StillhouseError:
+        raise
+    except Exception as error:  # a factory may be anyone's, and fail in any way
+        told = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"{model} cannot be built with these options: {type(error).__name__}: {told}"
+        ) from error
     return module  # type: ignore[no-any-return]
 
 
@@ -677,9 +683,9 @@ def find_weights(weights: str | Path) -> Path:
         for name in _WEIGHT_FILES:
             if (place / name).is_file():
                 return place / name
-    beside = [
-        entry.name for place in tried if place.parent.is_dir() for entry in place.parent.iterdir()
-    ]
+    folders = [place.parent for place in tried if place.parent.is_dir()]
+    endings = {Path(name).suffix for name in _WEIGHT_FILES} | {".pth", ".pt", ".ckpt"}
+    beside = [f.name for folder in folders for f in folder.iterdir() if f.suffix in endings]
     near = nearest(Path(text).name, beside) if beside else ""
     unset = "" if given_roots() else "; STILLHOUSE_DATA is not set"
     raise ModelError(

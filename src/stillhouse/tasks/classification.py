@@ -37,7 +37,10 @@ class Classification(Task):
         """Names of the classes, in the order of the logits."""
         found = self.about.get("classes")
         if not found:
-            raise DataError(f"the data '{self.splits.edition}' does not say its classes")
+            raise DataError(
+                f"the data '{self.splits.edition}' has no classes: classification needs a label "
+                "for each row, a whole number from 0 upwards (a view 'target' of shape (N,))"
+            )
         return [str(c) for c in found]
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
@@ -63,7 +66,8 @@ class Classification(Task):
         return found
 
     def check(self, student: Net | None, teacher: Net | None) -> None:
-        """Refuse models whose number of outputs is not the number of classes."""
+        """Refuse data without classes, and models whose number of outputs is another."""
+        assert self.classes
         for role, net in (("student", student), ("teacher", teacher)):
             if net is not None:
                 self._check_net(role, net, self._sample(net.view))
@@ -108,6 +112,7 @@ class Classification(Task):
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         training = net.training
         net.eval()
+        view, ids = self._with_last_id(view)
         try:
             with torch.no_grad():
                 out = net(view.to(device) if isinstance(view, Tensor) else view)
@@ -115,7 +120,7 @@ class Classification(Task):
             shape = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
             raise ModelError(
                 f"the {role} {type(net.module).__name__} cannot read the data "
-                f"'{self.splits.edition}' with views of shape {shape}: {error}"
+                f"'{self.splits.edition}' with views of shape {shape}{ids}: {error}"
             ) from error
         finally:
             net.train(training)
@@ -131,6 +136,15 @@ class Classification(Task):
                 f"'{self.splits.edition}' {len(self.classes)} classes; give it a head of "
                 f"{len(self.classes)} in the same order of classes"
             )
+
+    def _with_last_id(self, view: Any) -> tuple[Any, str]:
+        """Rows of tokens with the last id of the data's vocabulary among them."""
+        size = self.about.get("vocabulary")
+        if size is None or not isinstance(view, Tensor) or view.is_floating_point():
+            return view, ""
+        view, last = view.clone(), int(size) - 1
+        view.view(-1)[-1] = last
+        return view, f" and token ids up to {last}"
 
     def predictor(self, net: Net) -> Predictor:
         """Class names with probabilities."""
