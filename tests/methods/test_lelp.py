@@ -474,7 +474,9 @@ def test_stage_a_is_a_function_of_the_seed_and_of_what_it_is_given():
 
 def test_too_many_directions_are_refused_and_few_samples_are_padded():
     h, w = torch.randn(40, 6, generator=generator()), torch.randn(2, 6, generator=generator(1))
-    with pytest.raises(RecipeError, match="6 dimensions of which its last layer reads 1; at most 5"):
+    with pytest.raises(
+        RecipeError, match="6 dimensions of which its last layer reads 1; at most 5"
+    ):
         fitted(h, w, subclasses=6)
     few = fitted(h[:6], w, subclasses=5)
     assert (few["used"] < 5).all()
@@ -570,9 +572,7 @@ def test_killed_anywhere_it_ends_the_same(tmp_path, kill_and_resume):
     assert all(torch.equal(v, kept[k]) for k, v in whole.attachments["directions"].tensors.items())
 
 
-@pytest.mark.parametrize(
-    "split", ["pca", "kmeans", "random-projection", "uniform", "random"]
-)
+@pytest.mark.parametrize("split", ["pca", "kmeans", "random-projection", "uniform", "random"])
 def test_a_store_teaches_as_the_teacher_itself(tmp_path, split):
     teacher = {"model": "stillhouse:mlp", "options": {"widths": [16]}}
     settings = {"subclasses": 3, "split": split}
@@ -602,9 +602,7 @@ def test_exported_arrays_are_enough(tmp_path):
     found = result.artifact.attachments["directions"].tensors["weight"]
     torch.testing.assert_close(space.apply(found), found, rtol=1e-4, atol=1e-5)
     reopened = open_artifact(tmp_path, module=Student())
-    torch.testing.assert_close(
-        reopened.module(x)["logits"], result.artifact.module(x)["logits"]
-    )
+    torch.testing.assert_close(reopened.module(x)["logits"], result.artifact.module(x)["logits"])
 
 
 def test_the_oracle_needs_data_that_know_their_subclasses(tmp_path):
@@ -643,7 +641,9 @@ def test_few_samples_are_told_in_the_log(tmp_path):
 
 def images() -> Splits:
     rng = generator()
-    source = TensorSource({"x": torch.rand(24, 3, 32, 32, generator=rng), "target": torch.arange(24) % 2})
+    source = TensorSource(
+        {"x": torch.rand(24, 3, 32, 32, generator=rng), "target": torch.arange(24) % 2}
+    )
     return Splits({"train": source, "val": source}, "images", {"classes": ["a", "b"]})
 
 
