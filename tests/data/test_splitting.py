@@ -218,3 +218,58 @@ def test_labels_are_told_through_subsets_and_only_when_they_are_classes():
     assert (
         labels_of(TensorSource({"x": torch.rand(6, 2), "target": torch.ones(6, 2).long()})) is None
     )
+
+
+def test_classes_joined_by_their_remainder_keep_what_they_were():
+    from stillhouse.data.options import ClassOptions
+    from stillhouse.data.splitting import choose
+
+    labels = {"train": torch.arange(70) % 7, "test": torch.arange(14) % 7}
+    names = list("abcdefg")
+    options = ClassOptions(classes=5, per_class={"train": 6}, modulo=2)
+    found = choose(labels, names, options, name="letters")
+    part = found.splits["train"]
+    assert found.classes == ["a/c/e", "b/d"]
+    assert found.subclasses == found.about()["subclasses"] == [["a", "c", "e"], ["b", "d"]]
+    original = labels["train"][part.rows]
+    assert torch.equal(part.labels, original % 2)
+    assert torch.equal(part.subclasses, original // 2)
+    assert torch.bincount(original).tolist() == [6] * 5  # counted before they are joined
+    assert set(part.views()) == {"target", "subclass"}
+    assert "classes modulo 2" in found.told
+    plain = choose(labels, names, ClassOptions(), name="letters")
+    assert set(plain.splits["train"].views()) == {"target"}
+    assert "subclasses" not in plain.about()
+    many = choose({"train": torch.arange(20)}, list("abcdefghijklmnopqrst"),
+                  ClassOptions(modulo=2), name="letters")  # fmt: skip
+    assert many.classes == ["a and 9 others", "b and 9 others"]
+    with pytest.raises(RecipeError, match="a number from 2 to 6 joins some of them, 7 none"):
+        choose(labels, names, ClassOptions(modulo=7), name="letters")
+
+
+def test_joined_classes_reach_the_batch_of_every_kind_of_source(tmp_path, data_root):
+    from PIL import Image
+
+    from stillhouse.batch import read_rows
+    from stillhouse.data import open_data
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), (i, 2 * i, ord(name))).save(tmp_path / name / f"{i}.png")
+    folder = {"path": str(tmp_path), "image_size": 8, "modulo": 2}
+    cases = {
+        "image_folder": (folder, 3),
+        "mnist5k": ({"modulo": 2, "per_class": {"train": 5, "test": 5}}, 10),
+        "clinc150": ({"modulo": 4, "per_class": {"train": 3, "test": 2, "val": 2}}, 150),
+    }
+    for name, (options, kinds) in cases.items():
+        splits = open_data(name, seed=0, options=options)
+        batch = read_rows(splits["train"], torch.arange(splits.peek("train")), None)
+        modulo = options["modulo"]
+        original = batch["subclass"] * modulo + batch["target"]
+        assert len(original.unique()) == kinds
+        assert batch["target"].max() == modulo - 1
+        groups = splits.about["subclasses"]
+        assert len(groups) == len(splits.about["classes"]) == modulo
+        assert int(batch["subclass"].max()) == max(map(len, groups)) - 1

@@ -632,7 +632,7 @@ def test_a_teacher_that_gives_no_embeddings_is_refused(tmp_path):
 
 def test_few_samples_are_told_in_the_log(tmp_path):
     spec = {"name": "generated", "options": {"kind": "vectors", "rows": 12}}
-    _, job, _ = trained(recipe(data=spec, settings={"subclasses": 5}), tmp_path)
+    trained(recipe(data=spec, settings={"subclasses": 5}), tmp_path)
     assert "fewer than the 5 subclasses" in (tmp_path / "log.jsonl").read_text()
 
 
@@ -656,7 +656,8 @@ def texts() -> Splits:
 
 def timm_pair():
     timm = pytest.importorskip("timm")
-    return [timm.create_model("resnet18", num_classes=2, **w) for w in ({"block_args": {}}, {})]
+    teacher = timm.create_model("resnet10t", num_classes=2)
+    return [teacher, timm.create_model("mobilenetv3_small_050", num_classes=2)]
 
 
 def torchvision_pair():
@@ -667,9 +668,11 @@ def torchvision_pair():
 
 def hf_image_pair():
     transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "intermediate_size": 32, "image_size": 32, "patch_size": 8, "num_labels": 2}  # fmt: skip
-    teacher = transformers.ViTForImageClassification(transformers.ViTConfig(**small))
+    vit = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=32, patch_size=8, num_labels=2,
+    )  # fmt: skip
+    teacher = transformers.ViTForImageClassification(vit)
     convnext = transformers.ConvNextConfig(
         hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], num_labels=2, image_size=32
     )

@@ -447,6 +447,9 @@ class LELP(StudentTraining):
     class Config(MethodConfig):
         """Settings of `lelp`."""
 
+        # Distillation beside it is run at the temperature that the recipe names.
+        shared: ClassVar[frozenset[str]] = frozenset({"temperature"})
+
         alpha: float = Field(
             0.0,
             ge=0,
@@ -566,6 +569,11 @@ class LELP(StudentTraining):
         Claim("falls below the true subclasses", "accuracy", "lelp", "lelp/oracle", "lower"),
         Claim("the null space helps", "accuracy", "lelp", "lelp/no-nullspace"),
         Claim("the rotation helps", "accuracy", "lelp", "lelp/no-rotation"),
+        Claim("two subclasses per class say less", "accuracy", "lelp", "lelp/s2"),
+        Claim("nearly even subclasses say less", "accuracy", "lelp", "lelp/flat"),
+        Claim("nearly hard subclasses say less", "accuracy", "lelp", "lelp/sharp"),
+        Claim("beats regression of the embeddings", "accuracy", "lelp", "fitnet/soft-only"),
+        Claim("beats their relations", "accuracy", "lelp", "rkd/soft-only"),
     ]
 
     def wants_teacher(self) -> bool:
