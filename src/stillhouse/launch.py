@@ -867,9 +867,7 @@ def _all_sides(
             if str(seed) in sides.get(label, {}):
                 continue
             place = folder / "sides" / name.replace("/", "--") / f"seed-{seed}"
-            figures = run_side(
-                recipe, name, seed, place, given=given, progress=progress, redo=redo
-            )
+            figures = run_side(recipe, name, seed, place, given=given, progress=progress, redo=redo)
             sides.setdefault(label, {})[str(seed)] = figures
     teacher = getattr(main.job.models, "teacher_net", None) if main.job else None
     if teacher is not None and main.job is not None:

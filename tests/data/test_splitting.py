@@ -11,6 +11,7 @@ from stillhouse.data.splitting import (
     choose,
     hold_out,
     labels_of,
+    narrowed,
     stratified,
     with_val,
     withhold_labels,
@@ -273,3 +274,74 @@ def test_joined_classes_reach_the_batch_of_every_kind_of_source(tmp_path, data_r
         groups = splits.about["subclasses"]
         assert len(groups) == len(splits.about["classes"]) == modulo
         assert int(batch["subclass"].max()) == max(map(len, groups)) - 1
+
+
+# What students see -------------------------------------------------------------------------
+
+
+def rows_of(splits: Splits, role: str) -> torch.Tensor:
+    source = splits[role]
+    return read_rows(source, torch.arange(len(source)), None)["id"]
+
+
+def test_few_shot_cuts_train_and_keeps_all_of_it_for_teachers():
+    whole = labelled(LABELS["train"])
+    few = narrowed(whole, few_shot=0.05, seed=3, name="zoo")
+    assert len(few["train"]) == 20
+    assert torch.bincount(labels_of(few["train"])).tolist() == [5] * 4
+    assert torch.equal(rows_of(few, "full"), rows_of(whole, "train"))
+    assert few.of_teachers()["train"] is few["full"]
+    assert "full" not in few.of_teachers()
+    assert whole.of_teachers() is whole
+    assert "students see 20 of 400" in few.about["selection"]
+    assert "unseen" not in few.about
+    with pytest.raises(DataError, match="judged"):
+        few["test"]
+    assert len(few.judging().of_teachers()["test"]) == 400
+
+
+def test_fewer_are_among_more_and_the_seed_chooses():
+    whole = labelled(LABELS["train"])
+
+    def ids(few_shot, seed=0):
+        found = narrowed(whole, few_shot=few_shot, seed=seed, name="zoo")
+        return set(rows_of(found, "train").tolist())
+
+    assert ids(0.02) < ids(0.1) < ids(0.5)
+    assert ids(3) < ids(9)
+    assert len(ids(3)) == 12
+    assert ids(0.1) != ids(0.1, seed=1)
+    assert ids(0.1) == ids(0.1)
+
+
+def test_dropped_classes_are_not_seen_and_keep_their_place():
+    """No sample of them reaches a student; the classes, and so its outputs, are all there."""
+    whole = labelled(LABELS["train"])
+    some = narrowed(whole, drop_classes=["bee", 3], seed=0, name="zoo")
+    assert sorted(labels_of(some["train"]).unique().tolist()) == [0, 2]
+    assert len(some["train"]) == 200
+    assert some.about["classes"] == NAMES
+    assert some.about["unseen"] == [1, 3]
+    assert len(labels_of(some["full"]).unique()) == 4
+    assert "without bee, dog" in some.about["selection"]
+    both = narrowed(some, few_shot=4, drop_classes=[0], seed=0, name="zoo")
+    assert torch.bincount(labels_of(both["train"])).tolist() == [0, 4, 4, 4]
+    assert both.about["unseen"] == [0]
+
+
+def test_what_students_see_is_refused_where_it_cannot_be():
+    whole = labelled(LABELS["train"])
+    for settings, error, words in (
+        ({"drop_classes": ["bird"]}, RecipeError, "no class 'bird'"),
+        ({"drop_classes": ["ant", "bee", "cat"]}, DataError, "fewer than two classes"),
+        ({"few_shot": 0.001}, DataError, "at least one row for each of 4"),
+        ({"few_shot": 101}, DataError, "'ant' of zoo has 100"),
+    ):
+        with pytest.raises(error, match=words):
+            narrowed(whole, seed=0, name="zoo", **settings)
+    plain = Splits({"train": TensorSource({"x": torch.zeros(4, 1)})}, "zoo")
+    with pytest.raises(DataError, match="no labels"):
+        narrowed(plain, few_shot=0.5, seed=0, name="zoo")
+    for value in (0, 1.0, -2):
+        with pytest.raises(ValueError, match="few_shot"):
+            ClassOptions(few_shot=value)

@@ -454,7 +454,7 @@ class Training:
         # The same noise for the same micro-batch, however often it is run in this step.
         torch.default_generator.manual_seed(seed_of(self._noise, clock.step, number, clock.turn))
         if not self._on_cpu:
-            _seed_device(self.hardware.device, seed_of(self._noise, clock.step, number, clock.turn))
+            seed_device(self.hardware.device, seed_of(self._noise, clock.step, number, clock.turn))
         for part in self.parts:
             if part._slot != number:
                 part.begin_slot(number)
@@ -855,7 +855,8 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _seed_device(device: torch.device, seed: int) -> None:
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed the noise of an accelerator; that of the CPU is the default generator's."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":

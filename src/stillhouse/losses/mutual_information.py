@@ -65,11 +65,12 @@ def cmi(
 def usable(centroids: Tensor) -> Tensor:
     """Rows whose logarithm is finite: entries below 1e-12 are raised to it.
 
-    A row that had such an entry is brought back to the sum 1; all others stay as they are.
+    Where there was such an entry, all rows are brought back to the sum 1; else they stay as
+    they are, to the last bit.
 
     Args:
         centroids: (..., classes) probabilities.
     """
     raised = centroids.clamp(min=LEAST)
-    low = (centroids < LEAST).any(-1, keepdim=True)
+    low = (centroids < LEAST).any()
     return torch.where(low, raised / raised.sum(-1, keepdim=True), centroids)

@@ -53,6 +53,7 @@ from stillhouse.clock import Clock, generator
 from stillhouse.data.splitting import narrowed
 from stillhouse.engine.checkpoint import read_state
 from stillhouse.engine.job import Above, Best, Each, Job, Last
+from stillhouse.engine.step import seed_device
 from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.losses.chunked import wide
 from stillhouse.losses.logits import kl
@@ -691,6 +692,7 @@ class MCMI(Method):
         def measure() -> dict[str, Any]:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(clock.seed_for("noise"))
+                seed_device(job.device, clock.seed_for("noise"))
                 read = _read_once(job, order, clock)
                 means, empty = class_centroids(net, read, classes, mode=mode)
             state = {k: v for k, v in net.named_buffers() if mode == "train"}
