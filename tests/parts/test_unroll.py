@@ -190,7 +190,7 @@ def test_a_short_graph_equals_the_whole_one_and_a_shorter_one_does_not():
 
 
 def test_a_rate_of_zero_stays_and_no_gradient_reaches_the_expert():
-    net, theta, target, images, loss = linear()
+    net, theta, target, _, loss = linear()
     theta.requires_grad_(), target.requires_grad_()
     lr = torch.zeros((), dtype=torch.float64, requires_grad=True)
     reached = unroll(net, theta.detach(), [torch.arange(4)] * 2, loss, lr)
@@ -212,7 +212,7 @@ def test_the_module_is_a_shape_only():
 
 
 def test_without_gradients_it_runs_too():
-    net, theta, target, images, loss = linear()
+    net, theta, _, _, loss = linear()
     with torch.no_grad():
         end = unroll(net, theta, [torch.arange(4)] * 2, loss, 0.1).end
     torch.testing.assert_close(
@@ -259,7 +259,7 @@ def test_what_cannot_be_unrolled_is_told():
     net = FlatNet(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="6 weights"):
         net(torch.zeros(5), torch.zeros(1, 2))
-    with pytest.raises(ModelError, match="'wight'|'weight'"):
+    with pytest.raises(ModelError, match="weight"):
         net.flatten({"wight": torch.zeros(2, 2), "bias": torch.zeros(2)})
     with pytest.raises(ModelError, match="shapes"):
         net.flatten([torch.zeros(2, 3), torch.zeros(2)])

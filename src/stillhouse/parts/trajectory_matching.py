@@ -227,12 +227,11 @@ class TrajectoryMatching(Objective):
         self.steps_done = clock.step + 1
         if self.threshold is None or not terms:
             return True
-        accepted = float(terms["match"]) <= self.threshold
+        accepted = float(terms["match"].detach()) <= self.threshold
         if not accepted:
             self.skipped += 1
             self.note("skipped", self.skip_rate)
-            if int(self.seen) >= _FEW:
-                self.refuse_standstill()
+            self.refuse_standstill(_FEW)
         return accepted
 
     @property
@@ -240,18 +239,22 @@ class TrajectoryMatching(Objective):
         """Share of iterations so far whose update was skipped."""
         return float(self.skipped) / max(1, int(self.seen))
 
-    def refuse_standstill(self) -> None:
+    def refuse_standstill(self, least: int) -> None:
         """Fail where nearly every iteration was skipped: such a set is its start.
+
+        Args:
+            least: iterations before which nothing is said.
 
         Raises:
             TrainingError: with the likely causes.
         """
-        if self.skip_rate <= _MOST_SKIPPED:
+        if int(self.seen) < least or self.skip_rate <= _MOST_SKIPPED:
             return
+        rate = float(self.lr.detach())
         raise TrainingError(
             f"{int(self.skipped)} of {int(self.seen)} iterations ended above the threshold "
             f"{self.threshold:g} and were skipped, so the set hardly moves. Likely causes: "
-            f"a learning rate of the student (now {float(self.lr.detach()):g}) too high for these steps, "
+            f"a learning rate of the student (now {rate:g}) too high for these steps, "
             "a window where experts hardly move, too few inner steps, or a pixel learning rate "
             "that broke the images"
         )

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stillhouse.errors import ModelError, TrainingError, nearest
 from stillhouse.parts.carry import carry
@@ -185,7 +186,10 @@ def gradient_at(
     """
     if whole and torch.is_grad_enabled():
         point = theta if theta.requires_grad else theta.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(net.at(point), batch, number), point, create_graph=True)
+        # The fused kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            value = loss(net.at(point), batch, number)
+            (slope,) = torch.autograd.grad(value, point, create_graph=True)
         return slope
     with torch.enable_grad():
         point = theta.detach().requires_grad_()

@@ -44,6 +44,7 @@ from stillhouse.stages.set_distillation import SetConfig, SetDistillation, disti
 Known = TypeVar("Known")
 
 ITERATIONS = 5000
+_FEW = 20  # iterations of a finished stage before a share of skipped ones says anything
 _BUFFER = "released buffer scripts"
 
 
@@ -357,7 +358,7 @@ class TrajectoryDistillation(SetDistillation):
             validate_every=job.budget.validate_every,
             kind="synthesis",
         )
-        objective.refuse_standstill()
+        objective.refuse_standstill(_FEW)
         told = {
             "iterations": window.steps,
             "skipped": objective.skip_rate,
