@@ -44,7 +44,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from stillhouse.artifact import Artifact
 from stillhouse.batch import Batch, ByClass
-from stillhouse.clock import Clock, Views, generator
+from stillhouse.clock import Clock, Name, Views, generator
 from stillhouse.engine.job import Job, Last
 from stillhouse.engine.step import Clip
 from stillhouse.errors import DataError, RecipeError
@@ -277,16 +277,13 @@ class CharacteristicMatching(PixelMatching):
 
     def frequencies(self, features: Tensor, layer: str, label: int, clock: Clock) -> Tensor:
         """(F, D) frequencies of a class at this step, on the features' device."""
-        width, count = features.shape[1], self.config.num_freqs
-
-        def normal(rows: int, stream: str) -> Tensor:
-            drawn = torch.randn(rows, width, generator=clock.rng(stream, layer, label))
-            return drawn.to(features)
-
+        count = self.config.num_freqs
         if self.sampler is None:
-            return normal(count, "frequencies")
-        noise = normal(count // DRAWS, "sampler noise")
-        scaled = None if self.sampler.kind == "repeat" else normal(count, "frequencies")
+            return self.normal(features, count, clock, "frequencies", layer, label)
+        noise = self.normal(features, count // DRAWS, clock, "sampler noise", layer, label)
+        scaled = None
+        if self.sampler.kind == "scale_mixture":
+            scaled = self.normal(features, count, clock, "frequencies", layer, label)
         found: Tensor = self.sampler(noise, scaled)
         if clock.turn == "sampler":
             return found
@@ -297,6 +294,12 @@ class CharacteristicMatching(PixelMatching):
             return found.detach() + 0.0 * found
         reversed_: Tensor = Reversed.apply(found)
         return reversed_
+
+    @staticmethod
+    def normal(features: Tensor, rows: int, clock: Clock, *stream: Name) -> Tensor:
+        """(rows, D) standard normal numbers of a stream at this step, like the features."""
+        drawn = torch.randn(rows, features.shape[1], generator=clock.rng(*stream))
+        return drawn.to(features)
 
     # ---- after the step ----------------------------------------------------------------
     def after_backward(self, terms: Mapping[str, Tensor], clock: Clock) -> bool:
@@ -872,7 +875,7 @@ class NCFM(PixelDistillation):
         """The objective; `changes` are of the settings."""
         config = self.config.model_copy(update=changes)
         layers = config.layers or ["embed"]
-        probe = pool.load(0)
+        probe = pool.load(0).eval()
         image = start.images[:1].to(job.device)
         with torch.no_grad():
             taps: dict[str, Tensor] = probe(image)["taps"]
