@@ -206,10 +206,10 @@ def put_around(module: nn.Module, around: Mapping[str, Any] | None) -> nn.Module
     if not around:
         return module
     kind = known_class(str(around["class"]))
-    if isinstance(module, kind):
-        return module
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "around")):
         raise CheckpointError(f"'{around['class']}' is nothing that stands around a model")
+    if isinstance(module, kind):
+        return module
     try:
         made: nn.Module = kind(module, **around["settings"])
     except TypeError as error:

@@ -71,9 +71,7 @@ class AffineImages:
                     "(B, C, H, W) is needed"
                 )
             pixels = image.float() / 255.0 if image.dtype == torch.uint8 else image
-            grid = F.affine_grid(
-                matrices.to(pixels), list(pixels.shape), align_corners=False
-            )
+            grid = F.affine_grid(matrices.to(pixels), list(pixels.shape), align_corners=False)
             moved[name] = F.grid_sample(pixels, grid, align_corners=False)
         return moved
 

@@ -200,7 +200,9 @@ class TextHead(nn.Module):
         if not scale > 0:
             raise ModelError(f"the scale of a text head must be above 0, not {scale}")
         if background not in (None, "free", "unit"):
-            raise RecipeError(f"unknown background '{background}'{nearest(background, BACKGROUNDS)}")
+            raise RecipeError(
+                f"unknown background '{background}'{nearest(background, BACKGROUNDS)}"
+            )
         self.register_buffer("matrix", matrix.detach().clone())
         self.kind, self.normalise, self.scale = background, normalise, scale
         self.background: nn.Parameter | None = None

@@ -418,7 +418,9 @@ class DHO(StudentTraining):
             about="the teacher on all images, without labels",
         ),
         "ce-head": Variant(set={"alpha": 1.0, "beta": 1.0}, about="only the labels' head answers"),
-        "kd-head": Variant(set={"alpha": 0.0, "beta": 1.0}, about="only the teacher's head answers"),
+        "kd-head": Variant(
+            set={"alpha": 0.0, "beta": 1.0}, about="only the teacher's head answers"
+        ),
         "untuned": Variant(set={"alpha": 0.5, "beta": 0.5}, about="the mix without a search"),
         "no-labelled-kd": Variant(
             set={"kd_labelled": False}, about="the teacher on unlabelled images alone"
@@ -488,7 +490,12 @@ class DHO(StudentTraining):
         Raises:
             ModelError: the student's last linear layer has not one output per class.
         """
-        if self.config.heads == "dual":
+        keeps = isinstance(student.module, TwoHeads)
+        if self.config.heads == "single" and keeps:
+            raise ModelError(
+                "the student keeps two heads already: use heads: dual to go on with it"
+            )
+        if self.config.heads == "dual" and not keeps:
             student = self._with_second_head(job, student)
         return DHOObjective(student, job.task, self.config)
 
@@ -508,7 +515,9 @@ class DHO(StudentTraining):
             ),
             "second-head",
         )
-        mean, std = (None if v is None else v.flatten().tolist() for v in (student.mean, student.std))
+        mean, std = (
+            None if v is None else v.flatten().tolist() for v in (student.mean, student.std)
+        )
         return Net(heads, mean=mean, std=std, head=f"net.module.{student.head()}")
 
     def training(self, job: Any) -> dict[str, Any]:
@@ -607,7 +616,9 @@ class DHO(StudentTraining):
         """The task's figures of the mix, each head's accuracy, the mix and the conflict."""
         figures = super().judge(job, artifact)
         told = artifact.meta["dho"]
-        figures.update({k: told[k] for k in ("alpha", "beta", "conflict") if told.get(k) is not None})
+        figures.update(
+            {k: told[k] for k in ("alpha", "beta", "conflict") if told.get(k) is not None}
+        )
         net = artifact.module
         if isinstance(net, Net) and isinstance(net.module, TwoHeads):
             out = outputs_of(job, net, "test", ("ce", "kd"))
@@ -622,7 +633,9 @@ class DHO(StudentTraining):
         if isinstance(net, Net) and isinstance(net.module, TwoHeads):
             out = outputs_of(job, net, "test", ("logits", "ce", "kd"))
             named = {"logits": "the mix", "ce": "the labels' head", "kd": "the teacher's head"}
-            rows = [[f"accuracy of {t}", _accuracy(out[n], out["target"])] for n, t in named.items()]
+            rows = [
+                [f"accuracy of {t}", _accuracy(out[n], out["target"])] for n, t in named.items()
+            ]
             own = sum(p.numel() for p in net.module.second.parameters())
             rest = sum(p.numel() for p in net.parameters()) - own
             rows += [
