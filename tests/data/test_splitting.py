@@ -10,6 +10,8 @@ from stillhouse.data.options import ClassOptions
 from stillhouse.data.splitting import (
     choose,
     hold_out,
+    keep_listed,
+    keep_per_class,
     labels_of,
     narrowed,
     stratified,
@@ -345,3 +347,65 @@ def test_what_students_see_is_refused_where_it_cannot_be():
     for value in (0, 1.0, -2):
         with pytest.raises(ValueError, match="few_shot"):
             ClassOptions(few_shot=value)
+
+
+def test_a_few_labels_of_every_class():
+    splits = keep_per_class(labelled(LABELS["train"]), 3, seed=1, name="zoo")
+    assert (splits.peek("train"), splits.peek("unlabelled")) == (12, 388)
+    found = labels_of(splits["train"])
+    assert found is not None
+    assert torch.bincount(found).tolist() == [3] * 4
+    few = set(ids(splits["train"]))
+    more = set(ids(keep_per_class(labelled(LABELS["train"]), 7, seed=1, name="zoo")["train"]))
+    assert few < more
+    assert set(ids(splits["unlabelled"])) == set(range(1000, 1400)) - few
+    assert "target" not in read_rows(splits["unlabelled"], torch.arange(5), Views(0))
+    other = keep_per_class(labelled(LABELS["train"]), 3, seed=2, name="zoo")
+    assert set(ids(other["train"])) != few
+    for count in (100, 101):
+        with pytest.raises(DataError, match=f"{count} labelled rows of every class"):
+            keep_per_class(labelled(LABELS["train"]), count, seed=1, name="zoo")
+
+
+def ids(source) -> list[int]:
+    return read_rows(source, torch.arange(len(source)), None)["id"].tolist()
+
+
+@pytest.mark.parametrize("form", ["lines", "json", "names"])
+def test_labels_by_a_list(form, tmp_path):
+    source = TensorSource({"x": torch.rand(6, 2), "target": torch.arange(6) % 2})
+    source.names = ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png",
+                    "train/dog/3.png", "train/dog/4.png", "train/cat/5.png"]  # fmt: skip
+    splits = Splits({"train": Subset(source, torch.arange(1, 6))})
+    place = tmp_path / ("list.txt" if form == "lines" else "list.json")
+    told = {
+        "lines": "cat/2.png\n\n3.png\n",
+        "json": '{"train": [["cat/2.png", 0, "cat"], ["dog/3.png", 1, "dog"]], "val": []}',
+        "names": '{"train": ["train/cat/2.png", "3.png"]}',
+    }
+    place.write_text(told[form])
+    divided = keep_listed(splits, str(place), 0, seed=0, name="pets")
+    assert ids(divided["train"]) == [1, 3]
+    assert ids(divided["unlabelled"]) == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat/9.png", "'cat/9.png' is no row of pets train"),
+        ("1.png", "'1.png' is 2 rows of pets train"),
+        ("cat/1.png\ndog/1.png", "names every row"),
+    ],
+)
+def test_lists_that_do_not_fit_are_told(text, message, tmp_path):
+    source = TensorSource({"x": torch.rand(2, 2), "target": torch.arange(2)})
+    source.names = ["cat/1.png", "dog/1.png"]
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        keep_listed(Splits({"train": source}), str(tmp_path / "list.txt"), 0, seed=0, name="pets")
+    (tmp_path / "list.json").write_text('{"training": []}')
+    with pytest.raises(DataError, match="list 'train'"):
+        keep_listed(Splits({"train": source}), str(tmp_path / "list.json"), 0, seed=0, name="pets")
+    bare = Splits({"train": TensorSource({"x": torch.rand(2, 2)})})
+    with pytest.raises(DataError, match="have no names"):
+        keep_listed(bare, str(tmp_path / "list.txt"), 0, seed=0, name="pets")

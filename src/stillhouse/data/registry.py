@@ -103,7 +103,7 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     """
     from stillhouse.data.check import check_splits
     from stillhouse.data.options import ClassOptions, checked_options
-    from stillhouse.data.splitting import narrowed, with_val
+    from stillhouse.data.splitting import keep_listed, narrowed, with_val
 
     if ":" in name:
         return _open_function(name, seed, options or {})
@@ -111,8 +111,11 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     checked = checked_options(name, data.Options, options or {})
     splits = data.open(checked, seed)
     _name_parts(splits, name)
-    splits = with_val(splits, checked.val, seed=seed, name=name)
-    splits = _with_fewer_labels(splits, checked, seed, name)
+    if getattr(checked, "label_list", None) is not None:
+        splits = keep_listed(splits, checked.label_list, checked.val, seed=seed, name=name)
+    else:
+        splits = with_val(splits, checked.val, seed=seed, name=name)
+        splits = _with_fewer_labels(splits, checked, seed, name)
     if isinstance(checked, ClassOptions) and (checked.few_shot or checked.drop_classes):
         splits = narrowed(
             splits,
@@ -127,16 +130,14 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
 
 def _with_fewer_labels(splits: Splits, options: Any, seed: int, name: str) -> Splits:
     """The splits with the labels that the options leave; all, where they say nothing."""
-    from stillhouse.data.splitting import keep_listed, keep_per_class, withhold_labels
+    from stillhouse.data.splitting import keep_per_class, withhold_labels
 
-    rules = ("label_fraction", "labels_per_class", "label_list")
-    fraction, each, listed = (getattr(options, rule, None) for rule in rules)
+    rules = ("label_fraction", "labels_per_class")
+    fraction, each = (getattr(options, rule, None) for rule in rules)
     if fraction is not None:
         return withhold_labels(splits, fraction, seed=seed, name=name)
     if each is not None:
         return keep_per_class(splits, each, seed=seed, name=name)
-    if listed is not None:
-        return keep_listed(splits, listed, name=name)
     return splits
 
 

@@ -370,14 +370,18 @@ def keep_per_class(splits: Splits, count: int, *, seed: int, name: str) -> Split
     return _divided(splits, kept)
 
 
-def keep_listed(splits: Splits, path: str, *, name: str) -> Splits:
+def keep_listed(
+    splits: Splits, path: str, val: int | float | None = None, *, seed: int, name: str
+) -> Splits:
     """Split "train" as `withhold_labels` does, with the labelled rows that a file names.
 
     Args:
-        splits: with labelled "train" whose rows have names (files).
+        splits: with labelled "train" whose rows have names (files); before "val" is carved.
         path: one name a line (the lists of ImageNet with 1 % and 10 % of its labels); or JSON
             with a list "train" of names or of [name, label, class] (few-shot splits of CoOp).
             A name may leave out leading folders.
+        val: as for `with_val`; where the data brings none it is carved off the other rows.
+        seed: the run's.
         name: of the data set.
 
     Raises:
@@ -401,7 +405,10 @@ def keep_listed(splits: Splits, path: str, *, name: str) -> Splits:
         kept[found[0]] = True
     if bool(kept.all()):
         raise DataError(f"data option 'label_list': {path} names every row; none is unlabelled")
-    return _divided(splits, kept)
+    rest = _with(splits, train=Subset(train, (~kept).nonzero()[:, 0]))
+    rest = with_val(rest, val, seed=seed, name=name)
+    labelled = Subset(train, kept.nonzero()[:, 0])
+    return _with(rest, train=labelled, unlabelled=Unlabelled(rest["train"]))
 
 
 def _listed(path: str) -> list[str]:

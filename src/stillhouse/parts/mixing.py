@@ -41,7 +41,7 @@ class Mix:
 def mix_probabilities(
     first: Tensor, second: Tensor, *, alpha: float | Tensor, beta: float | Tensor
 ) -> Tensor:
-    """Alpha softmax(first) + (1 - alpha) softmax(second / beta).
+    """Mixed probabilities: alpha softmax(first) + (1 - alpha) softmax(second / beta).
 
     Args:
         first: (..., classes) logits.

@@ -490,7 +490,12 @@ class DHO(StudentTraining):
         Raises:
             ModelError: the student's last linear layer has not one output per class.
         """
-        if self.config.heads == "dual":
+        keeps = isinstance(student.module, TwoHeads)
+        if self.config.heads == "single" and keeps:
+            raise ModelError(
+                "the student keeps two heads already: use heads: dual to go on with it"
+            )
+        if self.config.heads == "dual" and not keeps:
             student = self._with_second_head(job, student)
         return DHOObjective(student, job.task, self.config)
 
