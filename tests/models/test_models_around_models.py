@@ -13,7 +13,7 @@ ABOUT = {"classes": list("abcdef"), "input": [1, 12, 12]}
 
 def test_a_model_sees_its_images_enlarged():
     pytest.importorskip("torchvision")
-    options = {"model": "torchvision:mobilenet_v2", "size": 40, "options": {"width_mult": 0.25}}
+    options = {"model": "torchvision:mobilenet_v2", "pixels": 40, "options": {"width_mult": 0.25}}
     net = load_model("stillhouse:resized", options=options, about=ABOUT).eval()
     seen = []
     net.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -23,8 +23,8 @@ def test_a_model_sees_its_images_enlarged():
     net(torch.rand(2, 3, 40, 40))
     assert seen[1].shape == (2, 3, 40, 40)
     with pytest.raises(ModelError, match="at least 1 pixel"):
-        load_model("stillhouse:resized", options={**options, "size": 0}, about=ABOUT)
-    with pytest.raises(ModelError, match="needs the option 'size'"):
+        load_model("stillhouse:resized", options={**options, "pixels": 0}, about=ABOUT)
+    with pytest.raises(ModelError, match="needs the option 'pixels'"):
         load_model("stillhouse:resized", options={"model": "stillhouse:mlp"}, about=ABOUT)
 
 

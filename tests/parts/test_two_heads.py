@@ -142,7 +142,7 @@ def test_the_cosine_between_two_losses():
     assert probe.mean() == pytest.approx(found.item())
     assert probe.measure(one, one, params).item() == pytest.approx(1.0)
     assert probe.measure(one, -one, params).item() == pytest.approx(-1.0)
-    assert probe.measure(one, other, []) is None
+    assert probe.measure(one, other, [nn.Parameter(x)]) is None
     (one + other).backward()  # the graph is still there
 
 

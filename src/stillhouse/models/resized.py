@@ -15,11 +15,12 @@ from stillhouse.models.loading import load_model
 class Resized(nn.Module):
     """A model behind a bilinear resize, so that both networks read the same images.
 
+    Grey images are repeated to three channels.
+
     Args:
         model: id of the model inside.
-        size: height and width it sees.
+        pixels: height and width it sees.
         classes: number of classes; the data's.
-        channels: of the data's images; one is repeated to three.
         options: of the model inside.
         weights: of the model inside.
 
@@ -28,23 +29,22 @@ class Resized(nn.Module):
         input_std: likewise.
 
     Raises:
-        ModelError: no such model, or a size below 1.
+        ModelError: no such model, or fewer than 1 pixel.
     """
 
     def __init__(
         self,
         model: str,
-        size: int,
+        pixels: int,
         classes: int = 10,
-        channels: int = 3,
         options: Mapping[str, Any] | None = None,
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        if size < 1:
-            raise ModelError(f"images are resized to at least 1 pixel, not {size}")
-        about = {"classes": classes, "input": [3, size, size]}
-        self.size, self.channels = size, channels
+        if pixels < 1:
+            raise ModelError(f"images are resized to at least 1 pixel, not {pixels}")
+        about = {"classes": classes, "input": [3, pixels, pixels]}
+        self.pixels = pixels
         self.model = load_model(model, options=options, weights=weights, about=about)
         for name in ("input_mean", "input_std"):
             if hasattr(self.model, name):
@@ -54,8 +54,8 @@ class Resized(nn.Module):
         """What the model inside gives for images (B, C, H, W)."""
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        if images.shape[-2:] != (self.size, self.size):
-            size = (self.size, self.size)
+        if images.shape[-2:] != (self.pixels, self.pixels):
+            size = (self.pixels, self.pixels)
             images = F.interpolate(
                 images, size, mode="bilinear", align_corners=False, antialias=False
             )
