@@ -57,7 +57,7 @@ class Live:
         self.settings = dict(settings or {})
         self._guest = Frozen(net)
         self._wants: tuple[Want, ...] = ()
-        self._by_view: dict[str, list[Want]] = {}
+        self._by_view: dict[str, list[tuple[str, Want]]] = {}
         self._hashed: tuple[Any, str] = ((), "")
 
     # -- identity ----------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Live:
         self._wants = tuple(w for w in wants if w.field not in ACCESS)
         self._by_view = {}
         for want in self._wants:
-            self._by_view.setdefault(want.view, []).append(want)
+            self._by_view.setdefault(want.view, []).append((want.key, want))
         has_data = task is not None and len(getattr(task, "splits", ())) > 0
         if has_data and any(w.field == "logits" for w in wants):
             task.check(None, self.net)
@@ -155,10 +155,10 @@ class Live:
             return Knowledge(_fields(self._ask(batch.view(self.net.view))))
         for view, wants in self._by_view.items():
             out = self._ask(batch.view(self.net.view if view == "x" else view))
-            for want in wants:
+            for key, want in wants:
                 value = _field(out, want.field)
                 if value is not None:
-                    values[want.key] = value
+                    values[key] = value
                 elif not want.optional:
                     fields = _fields(out)
                     raise TeacherError(
