@@ -91,6 +91,8 @@ class Batch(dict[str, Any]):
         Raises:
             DataError: no such view; the nearest are named.
         """
+        if path in self:
+            return self[path]
         found: Any = self
         for part in path.split("/"):
             if not isinstance(found, dict) or part not in found:

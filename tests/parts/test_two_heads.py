@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stillhouse.artifact import around_of, put_around
+from stillhouse.artifact import alterations_of, altered
 from stillhouse.clock import Clock
 from stillhouse.errors import CheckpointError, ModelError, RecipeError
 from stillhouse.parts.conflict import ConflictProbe
@@ -70,36 +70,35 @@ def test_a_copy_catches_its_own_features():
 
 def test_it_is_built_again_around_the_model():
     two = TwoHeads(model(), kind="cosine", scale=7.0)
-    told = around_of(two)
-    assert told == {
-        "class": "stillhouse.parts.two_heads:TwoHeads",
-        "settings": {"head": "2", "kind": "cosine", "scale": 7.0},
-    }
-    again = put_around(model(), told)
+    changes = alterations_of(two)
+    assert changes == [
+        {
+            "by": "stillhouse.parts.two_heads:TwoHeads",
+            "options": {"head": "2", "kind": "cosine", "scale": 7.0},
+        }
+    ]
+    again = altered(model(), {"altered": changes})
     again.load_state_dict(two.state_dict())
     x = torch.randn(2, 3)
     assert torch.equal(again(x)["logits"], two(x)["logits"])
-    assert around_of(model()) is None
+    assert alterations_of(model()) == []
     plain = model()
-    assert put_around(plain, None) is plain
+    assert altered(plain, {}) is plain
+    assert altered(again, {"altered": changes}) is again
 
 
 @pytest.mark.parametrize(
-    ("around", "message"),
+    ("by", "message"),
     [
-        ({"class": "os:system", "settings": {}}, "not of a package"),
-        ({"class": "stillhouse.parts.two_heads:Three", "settings": {}}, "is not there"),
-        ({"class": "stillhouse.net:Net", "settings": {}}, "nothing that stands around"),
-        ({"class": "stillhouse.batch:Batch", "settings": {}}, "nothing that stands around"),
-        (
-            {"class": "stillhouse.parts.two_heads:TwoHeads", "settings": {"heads": 3}},
-            "cannot be built again",
-        ),
+        ("os:system", "not of a package"),
+        ("stillhouse.parts.two_heads:Three", "cannot be found"),
+        ("stillhouse.parts.two_heads:TwoHeads", "cannot be built again"),
+        ("stillhouse.parts.two_heads:KINDS", "cannot be built again"),
     ],
 )
-def test_what_an_artifact_may_not_put_around_a_model(around, message):
+def test_what_an_artifact_may_not_put_around_a_model(by, message):
     with pytest.raises(CheckpointError, match=message):
-        put_around(model(), around)
+        altered(model(), {"altered": [{"by": by, "options": {"heads": 3}}]})
 
 
 def test_bad_heads_are_told():

@@ -57,7 +57,7 @@ class Live:
         self.settings = dict(settings or {})
         self._guest = Frozen(net)
         self._wants: tuple[Want, ...] = ()
-        self._by_view: dict[str, list[Want]] = {}
+        self._by_view: dict[str, list[tuple[str, Want]]] = {}
         self._hashed: tuple[Any, str] = ((), "")
 
     # -- identity ----------------------------------------------------------------------------
@@ -157,10 +157,10 @@ class Live:
         views = self._by_view if wants is self._wants else _by_view(wants)
         for view, asked in views.items():
             out = self._ask(batch.view(self.net.view if view == "x" else view))
-            for want in asked:
+            for key, want in asked:
                 value = _field(out, want.field)
                 if value is not None:
-                    values[want.key] = value
+                    values[key] = value
                 elif not want.optional:
                     fields = _fields(out)
                     raise TeacherError(
@@ -195,10 +195,10 @@ class Live:
         return self
 
 
-def _by_view(wants: Sequence[Want]) -> dict[str, list[Want]]:
-    found: dict[str, list[Want]] = {}
+def _by_view(wants: Sequence[Want]) -> dict[str, list[tuple[str, Want]]]:
+    found: dict[str, list[tuple[str, Want]]] = {}
     for want in wants:
-        found.setdefault(want.view, []).append(want)
+        found.setdefault(want.view, []).append((want.key, want))
     return found
 
 
