@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.losses.row_blocks import graph_is_kept
 
 
 def chunked(
@@ -184,7 +185,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 "going backward through a chunked loss a second time: its gradients were handed "
                 "out; say retain_graph=True the first time"
             )
-        if _graph_is_kept():
+        if graph_is_kept():
             return (None, *(None if g is None else g * grad.to(g.dtype) for g in grads))
         # Nobody asks again: the sums themselves are handed out, not copies of their size.
         ctx.grads = None
@@ -194,12 +195,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 if found is not None:
                     found.mul_(grad.to(found.dtype))
         return (None, *grads)
-
-
-def _graph_is_kept() -> bool:
-    """Whether this backward pass keeps its graph for another one; True where it is not known."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
 
 
 def _general_step(
