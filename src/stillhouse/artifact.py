@@ -1,15 +1,16 @@
 """What comes out of a run: a model, a data set, labels, or an analysis, in one folder each.
 
-Layout of a folder: `artifact.json` (kind, provenance, how to reopen it), the content
+Layout of a folder: `artifact.json` (kind, provenance, hashes, how to reopen it), the content
 (`model.safetensors`, `tensors.safetensors` + `sheet.png`, `labels.jsonl`, `tables.json`),
 `README.md` (the card), and `attachments/NAME/` for artifacts that come along.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as unpack_tensors
+from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
 from stillhouse.errors import CheckpointError, DataError
+from stillhouse.writing import write_atomic
 
 Kind = Literal["model", "dataset", "labels", "analysis"]
 
@@ -115,11 +118,21 @@ class Artifact:
         return self.predictor.predict(inputs, **options)
 
     def save(self, folder: Path) -> Path:
-        """Write everything; the folder is whole once `artifact.json` is there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write everything; the folder is whole once `artifact.json` is there.
+
+        Raises:
+            CheckpointError: the disk is full, or the folder cannot be written.
+        """
+        (folder / "artifact.json").unlink(missing_ok=True)
         about: dict[str, Any] = {"schema": 1, "kind": self.kind, "meta": self.meta}
+        files = about["sha256"] = {}
+
+        def write(name: str, content: bytes) -> None:
+            write_atomic(folder / name, content)
+            files[name] = hashlib.sha256(content).hexdigest()
+
         if self.predictor is not None:
-            save_file(plain_state(self.predictor.module), folder / "model.safetensors")
+            write("model.safetensors", pack_tensors(plain_state(self.predictor.module)))
             about["model"] = self.model
             about["predictor"] = {
                 "class": f"{type(self.predictor).__module__}:{type(self.predictor).__qualname__}",
@@ -133,20 +146,20 @@ class Artifact:
                 config.to_json_file(folder / "config.json", use_diff=False)
         if self.tensors:
             held = {k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}
-            save_file(held, folder / "tensors.safetensors")
+            write("tensors.safetensors", pack_tensors(held))
         if self.kind == "labels":
-            with open(folder / "labels.jsonl", "w", encoding="utf-8") as file:
-                for record in self.records:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+            write("labels.jsonl", "".join(lines).encode())
         if self.tables:
-            (folder / "tables.json").write_text(json.dumps(self.tables, indent=1))
+            write("tables.json", json.dumps(self.tables, indent=1).encode())
         if self.sheet is not None:
-            (folder / "sheet.png").write_bytes(self.sheet)
+            write("sheet.png", self.sheet)
         for name, attached in self.attachments.items():
             attached.save(folder / "attachments" / name)
         about["attachments"] = sorted(self.attachments)
-        (folder / "README.md").write_text(self._readme(), encoding="utf-8")
-        (folder / "artifact.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
+        write_atomic(folder / "README.md", self._readme().encode())
+        text = json.dumps(about, indent=1, ensure_ascii=False)
+        write_atomic(folder / "artifact.json", text.encode())
         return folder
 
     def _readme(self) -> str:
@@ -205,39 +218,62 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict) or "kind" not in found:
+        raise CheckpointError(f"{path} is no description of an artifact")
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
+def read_file(path: Path, about: Mapping[str, Any]) -> bytes:
+    """A file of an artifact, checked against the hash that its description holds.
+
+    Args:
+        path: of the file.
+        about: the description; those of older versions hold no hashes.
 
     Raises:
         CheckpointError: absent or damaged.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    wanted = about.get("sha256", {}).get(path.name)
+    if wanted is not None and hashlib.sha256(content).hexdigest() != wanted:
+        raise CheckpointError(f"{path} is damaged: its content does not match its hash")
+    return content
+
+
+def read_tensors(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file of an artifact; see `read_file`.
+
+    Raises:
+        CheckpointError: absent or damaged.
+    """
+    content = read_file(path, about)
+    try:
+        tensors: dict[str, Tensor] = unpack_tensors(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return tensors
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSONL file, one by one.
+def read_records(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Records of a JSONL file of an artifact; see `read_file`.
 
     Raises:
-        CheckpointError: a line that is not JSON, by number.
+        CheckpointError: absent or damaged; a line that is not JSON, by number.
     """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise CheckpointError(f"{path}, line {number}: {error}") from error
+    found: list[dict[str, Any]] = []
+    # Only line feeds end a line: texts may hold any other separator.
+    for number, line in enumerate(read_file(path, about).split(b"\n"), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(f"{path}, line {number}: {error}") from error
+    return found
 
 
 def altered(module: nn.Module, model: Mapping[str, Any]) -> nn.Module:
@@ -309,7 +345,7 @@ def restore_weights(module: nn.Module, folder: Path) -> None:
         CheckpointError: damaged, or keys or shapes differ.
     """
     inner = getattr(module, "module", module)
-    state = read_tensors(Path(folder) / "model.safetensors")
+    state = read_tensors(Path(folder) / "model.safetensors", read_description(folder))
     try:
         inner.load_state_dict(state, strict=True)
     except RuntimeError as error:

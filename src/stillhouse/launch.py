@@ -56,6 +56,7 @@ from stillhouse.task import Task
 from stillhouse.tasks import open_task
 from stillhouse.teacher import Teacher
 from stillhouse.teachers.live import Live
+from stillhouse.writing import full_disk_told
 
 GIVEN = "given"
 
@@ -780,8 +781,18 @@ def run(
         StillhouseError: told before any training where possible.
     """
     folder = Path(folder) if folder is not None else default_folder(recipe)
-    given = given or Given()
-    again = tuple(redo or ())
+    with full_disk_told(folder):
+        return _run(recipe, tuple(redo or ()), folder, progress, given or Given(), profiled)
+
+
+def _run(
+    recipe: Recipe,
+    again: tuple[str, ...],
+    folder: Path,
+    progress: bool,
+    given: Given,
+    profiled: bool,
+) -> RunResult:
     began = time.monotonic()
     hardware = open_hardware(recipe)
     with locked(folder / "run.lock") if hardware.is_main else _unlocked():

@@ -12,6 +12,7 @@ from stillhouse.artifact import (
     Predictor,
     altered,
     read_description,
+    read_file,
     read_records,
     read_tensors,
     restore_weights,
@@ -39,11 +40,14 @@ def open_artifact(folder: Path | str, module: nn.Module | None = None) -> Artifa
     about = read_description(folder)
     artifact = Artifact(about["kind"], model=about.get("model", {}), meta=about.get("meta", {}))
     if (folder / "tensors.safetensors").exists():
-        artifact.tensors = read_tensors(folder / "tensors.safetensors")
+        held = read_tensors(folder / "tensors.safetensors", about)
+        # Copies of their own: the file's bytes may lie at odd addresses, where kernels may add
+        # in another order.
+        artifact.tensors = {name: value.clone() for name, value in held.items()}
     if (folder / "labels.jsonl").exists():
-        artifact.records = list(read_records(folder / "labels.jsonl"))
+        artifact.records = read_records(folder / "labels.jsonl", about)
     if (folder / "sheet.png").exists():
-        artifact.sheet = (folder / "sheet.png").read_bytes()
+        artifact.sheet = read_file(folder / "sheet.png", about)
     if "predictor" in about:
         artifact.predictor = _predictor(folder, about, module)
     for name in about.get("attachments", ()):

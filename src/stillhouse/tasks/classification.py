@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
-from stillhouse.errors import DataError, MissingExtra, ModelError
+from stillhouse.errors import DataError, MissingExtra, ModelError, RecipeError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.calibration import Calibration
 from stillhouse.metrics.classification import Accuracy, Confusion
@@ -173,10 +173,13 @@ class Classifier(Predictor):
                 PIL images; or strings for a model of texts.
             options: `top` and `batch`.
 
+        Raises:
+            RecipeError: an option that is no count.
+
         Returns:
             Per input {"class", "probability", "top": [[class, probability], ...]}.
         """
-        top, size = int(options.get("top", 1)), int(options.get("batch", 64))
+        top, size = _count(options, "top", 1), _count(options, "batch", 64)
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         answers: list[dict[str, Any]] = []
         for start in range(0, len(inputs), size):
@@ -243,6 +246,13 @@ class Classifier(Predictor):
         return {"inputs": len(rows), "output": str(output) if output else None, "rows": rows}
 
 
+def _count(options: Mapping[str, Any], name: str, default: int) -> int:
+    value = options.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"the option '{name}' is a whole number of at least 1, found {value!r}")
+    return value
+
+
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -259,7 +269,11 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     if path.suffix.lower() == ".npy":
         import numpy as np
 
-        return [(str(path), np.load(path, allow_pickle=False))]
+        try:
+            return [(str(path), np.load(path, allow_pickle=False))]
+        except (OSError, ValueError, EOFError) as error:
+            # For whatever it does not know numpy says that pickles may be allowed; they may not.
+            raise DataError(f"{path} cannot be read as a .npy array of numbers") from error
     if path.suffix.lower() == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
