@@ -585,6 +585,57 @@ def test_a_store_teaches_as_the_teacher_itself(tmp_path, split):
         torch.testing.assert_close(value, other[name], rtol=0, atol=1e-4)
 
 
+def test_a_linear_probe_teaches_from_the_vectors_it_stored(tmp_path):
+    """The text recipes' teacher: neither stage A nor a step runs the encoder."""
+    budget = {"steps": 3, "batch": 16, "lr": 0.05, "optimizer": "sgd"}
+    probe = {"method": "linear-probe", "budget": budget,
+             "student": {"model": "stillhouse:mlp", "options": {"widths": [16]}}}  # fmt: skip
+    chosen = recipe(teacher=probe, settings={"subclasses": 3})
+    job = open_job(chosen, tmp_path)
+    teacher = job.teacher()
+    net = teacher.net
+
+    def poisoned(*_: Any) -> None:
+        raise AssertionError("the body was run")
+
+    made = open_method(chosen)
+    teacher.bind(made.objective(job, job.student(), teacher).wants, job.task)
+    rows = job.order("train").read(torch.arange(7), job.views())
+    known = teacher.knowledge(rows)
+    wanted = net(rows["x"])
+    torch.testing.assert_close(known.tensor("logits"), wanted["logits"])
+    torch.testing.assert_close(known.tensor("tap:head:input"), wanted["taps"]["head:input"])
+    net.module.layers[0].register_forward_pre_hook(poisoned)
+    assert torch.equal(teacher.knowledge(rows).tensor("logits"), known.tensor("logits"))
+    names = [stage["name"] for stage in job.stages]
+    assert names == ["teacher/capture", "teacher/head", "directions"]
+    job.log.close()
+
+
+def test_a_hugging_face_student_is_reopened_with_its_wide_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    bert = transformers.BertConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=4, architectures=["BertForSequenceClassification"],
+    )  # fmt: skip
+    bert.save_pretrained(tmp_path / "bert")
+    tokens = {"name": "generated", "options": {"kind": "tokens"}}
+    chosen = recipe(
+        data=tokens,
+        teacher={"model": "stillhouse:text_cnn", "options": {"width": 8, "filters": 6}},
+        student={
+            "model": f"hf:{tmp_path / 'bert'}",
+            "options": {"task": "sequence-classification"},
+        },
+    )
+    result = run(chosen, folder=tmp_path / "run", progress=False)
+    again = open_artifact(tmp_path / "run").module
+    ids = torch.randint(1, 60, (3, 12), generator=generator())
+    found = again(ids)["logits"]
+    assert found.shape == (3, 4)
+    torch.testing.assert_close(found, result.artifact.module(ids)["logits"])
+
+
 def test_exported_arrays_are_enough(tmp_path):
     """The second entry point: embeddings, weight and bias, no module."""
     from stillhouse import distill

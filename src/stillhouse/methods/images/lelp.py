@@ -362,8 +362,9 @@ class LELPObjective(Objective):
         self.seed = seed
         self.beta = config.beta if splitting is None else splitting.beta
         self.wants = wants_of(config)
+        kept = torch.promote_types(next(student.parameters()).dtype, torch.float32)
         for name in ("weight", "offset"):
-            value = None if splitting is None else getattr(splitting, name).float()
+            value = None if splitting is None else getattr(splitting, name).to(kept)
             self.register_buffer(name, value)
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
