@@ -298,6 +298,7 @@ def test_the_student_is_what_comes_out_and_the_teacher_comes_along(tmp_path):
     assert result.sides["teacher"]["0"]["accuracy"] == figures["teacher_accuracy"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Mean output of the teacher by class" in page
+    assert "before tuning" in page
     taught = open_artifact(tmp_path / "run" / "artifact" / "attachments" / "teacher")
     assert sum(p.numel() for p in taught.module.parameters()) > sum(
         p.numel() for p in result.artifact.module.parameters()
@@ -351,9 +352,9 @@ def test_tuning_for_information_raises_it(tmp_path):
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ({"student": None}, ["teacher", "centroids", "tune", "meter"]),
-        ({"teacher": None}, ["teacher", "centroids", "tune", "meter"]),
-        ({}, ["teacher", "centroids", "tune", "meter", "student"]),
+        ({"student": None}, ["teacher", "before", "centroids", "tune", "meter"]),
+        ({"teacher": None}, ["teacher", "before", "centroids", "tune", "meter"]),
+        ({}, ["teacher", "before", "centroids", "tune", "meter", "student"]),
     ],
 )
 def test_it_tunes_the_teacher_or_the_only_net_there_is(form, expected, tmp_path):
@@ -387,7 +388,8 @@ def test_another_method_is_taught_by_it_without_knowing(student_method, form, tm
     artifact, job = trained(chosen, tmp_path / "run")
     ran = stages(job)
     assert ran == [
-        "teacher/teacher", "teacher/centroids", "teacher/tune", "teacher/meter", "student",
+        "teacher/teacher", "teacher/before", "teacher/centroids", "teacher/tune",
+        "teacher/meter", "student",
     ]  # fmt: skip
     teacher = job.teacher()
     assert isinstance(teacher, Live)
@@ -733,7 +735,7 @@ def test_real_classes_are_tuned(teacher, tmp_path):
         budget={"steps": 1, "batch": 8, "lr": 0.001},
     )
     artifact, job = trained(chosen, tmp_path)
-    assert stages(job) == ["centroids", "tune", "meter", "student"]
+    assert stages(job) == ["before", "centroids", "tune", "meter", "student"]
     assert artifact.meta["mcmi"]["figures"]["cmi"] >= 0
     taught = artifact.attachments["teacher"]
     taught.save(tmp_path / "artifact")

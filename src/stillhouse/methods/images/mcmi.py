@@ -72,6 +72,7 @@ from stillhouse.teacher import Knowledge, Teacher, Want
 from stillhouse.teachers.live import weights_hash
 
 MOST_SHOWN = 20
+METERED = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 class Seen(BaseModel):
@@ -270,6 +271,7 @@ class MCMI(Method):
         yields="model",
         stages=(
             ("teacher?", "train"),
+            ("before?", "closed"),
             ("centroids?", "closed"),
             ("auto?", "train"),
             ("tune?", "train"),
@@ -521,11 +523,11 @@ class MCMI(Method):
         self._refuse_early(job)
         told: dict[str, Any] = {"teaches": self.config.teaches}
         net = self._teacher(job, told)
-        told.update(self._measured(job, net, told.pop("centroids", None)))
+        told.update(self._measured(job, net, "meter", told.pop("centroids", None)))
         role = "teacher" if job.has("teacher") else "student"
         taught: Artifact = job.model_artifact(net, role)
+        taught.meta["mcmi"] = told
         if role == "student" or not job.has("student"):
-            taught.meta["mcmi"] = told
             return taught
         teacher = job.teaching(net)
         student, told["temperature"] = self._distilled(job, teacher)
@@ -675,6 +677,7 @@ class MCMI(Method):
         if self.config.teaches == "entropy":
             self._tune(job, net, self.config.entropy_weight, None, told)
             return net
+        told["before"] = self._measured(job, net, "before")["figures"]
         made = self._centroids(job, net)
         told["centroids"] = centroids = made["centroids"].to(job.device)
         weight = self.config.cmi_weight
@@ -785,18 +788,20 @@ class MCMI(Method):
 
     # ---- the report ------------------------------------------------------------------------
 
-    def _measured(self, job: Job, net: Net, centroids: Tensor | None) -> dict[str, Any]:
-        """CMI and likelihood of the finished teacher on all training rows, as they are."""
+    def _measured(
+        self, job: Job, net: Net, name: str, centroids: Tensor | None = None
+    ) -> dict[str, Any]:
+        """CMI and likelihood of a teacher on all training rows, as they are: a stage."""
         classes = len(job.task.about["classes"])
 
         def measure() -> dict[str, Any]:
-            meter = CMI(classes, (1.0, 4.0), frozen=centroids)
+            meter = CMI(classes, METERED, frozen=centroids)
             job.walk(net, job.teacher_split, meter.update)
             if job.hardware.world > 1:
                 meter.take(job.hardware.total(meter.totals().to(job.device)))
             return {"figures": meter.compute(), "means": meter.centroids().tolist()}
 
-        made: dict[str, Any] = job.once("meter", measure, everywhere=True)
+        made: dict[str, Any] = job.once(name, measure, everywhere=True)
         return {"figures": dict(made["figures"]), "means": [list(row) for row in made["means"]]}
 
     # ---- stage 3 ---------------------------------------------------------------------------
@@ -849,7 +854,8 @@ class MCMI(Method):
     def judge(self, job: Job, artifact: Artifact) -> dict[str, float]:
         """Figures of the student, of its teacher, and of further students."""
         figures = dict(job.task.judge(job, artifact.module, "test"))
-        figures.update(artifact.meta["mcmi"]["figures"])
+        told = artifact.meta["mcmi"]["figures"]
+        figures.update({k: v for k, v in told.items() if k in _TOLD})
         taught = artifact.attachments.get("teacher")
         if taught is None:
             return figures
@@ -873,12 +879,15 @@ class MCMI(Method):
         rows: list[list[Any]] = [["which teacher", told["teaches"]]]
         if "weight" in told:
             rows.append(["weight (lambda)", told["weight"]])
-        rows += [[_TOLD.get(name, name), value] for name, value in told["figures"].items()]
+        rows += [
+            [text, told["figures"][name]] for name, text in _TOLD.items() if name in told["figures"]
+        ]
         if "stopped" in told:
             rows.append(["the tuning ended early", told["stopped"]])
         if "early_stop" in told:
             rows += [[f"early stop: {k}", v] for k, v in told["early_stop"].items()]
         tables = [{"title": "Teacher", "columns": ["figure", "value"], "rows": rows}]
+        tables.append(self._by_temperature(told))
         if "auto" in told:
             columns = ["weight", "log_likelihood"]
             rows = [[row[c] for c in columns] for row in told["auto"]]
@@ -895,6 +904,18 @@ class MCMI(Method):
                 }
             )
         return {"tables": tables}
+
+    def _by_temperature(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """CMI over temperatures, and before the tuning where there was one."""
+        sides = {"CMI (nats)": told["figures"]}
+        if "before" in told:
+            sides = {"before tuning": told["before"], **sides}
+        rows = [
+            [t, *(side["cmi" if t == 1 else f"cmi_t{t:g}"] for side in sides.values())]
+            for t in METERED
+        ]
+        title = "Conditional mutual information by temperature"
+        return {"title": title, "columns": ["temperature", *sides], "rows": rows}
 
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:
