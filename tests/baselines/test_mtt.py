@@ -66,7 +66,7 @@ def test_as_a_side_it_takes_over_experts_and_steps_but_not_windows_or_labels():
     )  # fmt: skip
     side = side_recipe(recipe, "mtt", 4)
     assert side.settings == {
-        "ipc": 3, "experts": 5, "expert_epochs": 9, "inner_steps": 4, "lr_img": 7.0,
+        "ipc": 3, "experts": 5, "expert_epochs": 9, "inner_steps": 4,
     }  # fmt: skip
     assert open_method(side).window(1).upper(Clock()) == 3
 
