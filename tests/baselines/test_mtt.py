@@ -45,7 +45,10 @@ def test_datm_without_its_changes_is_the_same(tmp_path):
 
 
 def test_the_window_is_early_and_fixed():
-    method = catalogue.load("mtt")(catalogue.load("mtt").Config(max_start=7))
+    entry = catalogue.load("mtt")
+    assert entry(entry.Config()).window(5).upper(Clock()) == 20
+    assert entry(entry.Config(expert_epochs=2)).window(5).upper(Clock()) == 1
+    method = entry(entry.Config(max_start=7))
     window = method.window(5)
     assert (window.lowest, window.threshold, window.steps) == (0, None, 5)
     assert [window.upper(Clock(step=s)) for s in (0, 4000)] == [7, 7]
@@ -63,9 +66,9 @@ def test_as_a_side_it_takes_over_experts_and_steps_but_not_windows_or_labels():
     )  # fmt: skip
     side = side_recipe(recipe, "mtt", 4)
     assert side.settings == {
-        "ipc": 3, "experts": 5, "expert_epochs": 9, "inner_steps": 4, "lr_img": 7.0,
+        "ipc": 3, "experts": 5, "expert_epochs": 9, "inner_steps": 4,
     }  # fmt: skip
-    assert open_method(side).config.max_start == 20
+    assert open_method(side).window(1).upper(Clock()) == 3
 
 
 def test_a_window_beyond_the_experts_is_told(tmp_path):

@@ -51,11 +51,11 @@ _BUFFER = "released buffer scripts"
 class TrajectoryConfig(SetConfig):
     """Settings of trajectory matching. Iterations are `budget.steps`, 5000 by default."""
 
+    # Not the pixel learning rate: that of other losses is of another size.
     shared: ClassVar[frozenset[str]] = SetConfig.shared | {
         "experts", "expert_epochs", "expert_batch", "expert_lr", "expert_store", "experts_from",
-        "span", "inner_steps", "batch_syn", "lr_init", "lr_img", "momentum_img", "lr_lr",
-        "momentum_lr", "lr_least", "align_corners", "memory", "experts_per_step",
-        "evaluate_nets",
+        "span", "inner_steps", "batch_syn", "lr_init", "lr_lr", "momentum_lr", "lr_least",
+        "align_corners", "memory", "experts_per_step", "evaluate_nets",
     }  # fmt: skip
 
     space: Literal["mean_std", "zca", "none"] = Field(

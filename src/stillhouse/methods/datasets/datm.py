@@ -489,7 +489,8 @@ class DATM(TrajectoryDistillation):
             set={"window": "auto", "sequential": False},
             about="the best of three windows on validation data",
         ),
-        # The difficulty study at the size of the demonstration: experts of 15 epochs.
+        # The difficulty study at the size of the demonstration: experts of 15 epochs; 50 images
+        # per class are judged for about as many updates as 10.
         "early": Variant(
             set={"sequential": False, "min_start": 0, "max_start": 4}, about="epochs 0-3 only"
         ),
@@ -508,15 +509,28 @@ class DATM(TrajectoryDistillation):
             about="1 image per class, epochs 9-13",
         ),
         "ipc50-early": Variant(
-            set={"ipc": 50, "sequential": False, "min_start": 0, "max_start": 4},
+            set={
+                "ipc": 50,
+                "sequential": False,
+                "min_start": 0,
+                "max_start": 4,
+                "judge_epochs": 40,
+            },
             about="50 images per class, epochs 0-3",
         ),
         "ipc50-late": Variant(
-            set={"ipc": 50, "sequential": False, "min_start": 9, "max_start": 14},
+            set={
+                "ipc": 50,
+                "sequential": False,
+                "min_start": 9,
+                "max_start": 14,
+                "judge_epochs": 40,
+            },
             about="50 images per class, epochs 9-13",
         ),
         "ipc50-unmatched": Variant(
-            set={"ipc": 50, "matching": False}, about="50 selected images per class, soft labels"
+            set={"ipc": 50, "matching": False, "judge_epochs": 40},
+            about="50 selected images per class, soft labels",
         ),
     }
     claims: ClassVar[list[Claim]] = [
