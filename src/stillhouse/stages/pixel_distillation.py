@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch.optim import SGD
@@ -19,14 +19,12 @@ from stillhouse.parts.net_pool import NetPool
 from stillhouse.parts.pixel_matching import DrawReal, PixelMatching
 from stillhouse.parts.schedule import constant
 from stillhouse.stages.fresh_nets import (
-    fresh_net,
     has_batch_statistics,
     layers_of,
     network_factory,
     tapped_net,
 )
 from stillhouse.stages.initial_set import RealImages
-from stillhouse.stages.judge_distilled_set import accuracies
 from stillhouse.stages.set_distillation import SetConfig, SetDistillation
 
 ITERATIONS = 8000
@@ -173,7 +171,7 @@ class PixelDistillation(SetDistillation):
             accumulate=1,
             clip=Clip(),
             keep=Last(),
-            validate=self._evaluation(job, objective),
+            validate=self.evaluation(job, objective),
             validate_every=every,
             kind="synthesis",
         )
@@ -193,22 +191,3 @@ class PixelDistillation(SetDistillation):
         statistics = has_batch_statistics(sample)
         layers = layers_of(sample)
         return self.objective(start, pool, draw_real, layers, batch_statistics=statistics)
-
-    def _evaluation(self, job: Job, objective: PixelMatching) -> Callable[[], dict[str, float]]:
-        config: Any = self.config
-
-        def evaluate() -> dict[str, float]:
-            found = accuracies(
-                job.child("match", f"evaluation-{objective.steps_done}"),
-                "val",
-                objective.distilled(),
-                config.protocol(),
-                lambda number: fresh_net(job, number),
-                nets=config.evaluate_nets,
-                split="val",
-            )
-            mean = sum(found) / len(found)
-            spread = (sum((a - mean) ** 2 for a in found) / len(found)) ** 0.5
-            return {"accuracy": mean, "accuracy_std": spread}
-
-        return evaluate

@@ -24,7 +24,13 @@ from stillhouse.stages.initial_set import (
     preprocessing_of,
     set_of,
 )
-from stillhouse.stages.judge_distilled_set import Judging, Protocol, accuracies, judge_distilled_set
+from stillhouse.stages.judge_distilled_set import (
+    Judging,
+    Label,
+    Protocol,
+    accuracies,
+    judge_distilled_set,
+)
 from stillhouse.stages.tune import best_of
 
 _PROTOCOL = "released evaluate_synset of Dataset Condensation"
@@ -276,8 +282,38 @@ class SetDistillation(Method):
             distilled_of(artifact),
             lambda number: fresh_net(job, number),
             self.judging(job),
+            label=self.label(job, distilled_of(artifact)),
             share=self.share(job),
         )
+
+    def label(self, job: Job, distilled: DistilledSet) -> Label | None:
+        """What gives random real images labels of the set's own kind; needed for soft labels."""
+        return None
+
+    def evaluation(self, job: Job, objective: Any) -> Callable[[], dict[str, float]]:
+        """Figures of the set on validation data while it is being distilled.
+
+        Args:
+            job: of the stage "match"; the evaluations are children of it.
+            objective: has `distilled()` and `steps_done`.
+        """
+        config: Any = self.config
+
+        def evaluate() -> dict[str, float]:
+            found = accuracies(
+                job.child("match", f"evaluation-{objective.steps_done}"),
+                "val",
+                objective.distilled(),
+                config.protocol(),
+                lambda number: fresh_net(job, number),
+                nets=config.evaluate_nets,
+                split="val",
+            )
+            mean = sum(found) / len(found)
+            spread = (sum((a - mean) ** 2 for a in found) / len(found)) ** 0.5
+            return {"accuracy": mean, "accuracy_std": spread}
+
+        return evaluate
 
     def share(self, job: Job) -> dict[str, Any] | None:
         """What a network trained on the full data depends on besides data, seed and protocol.
