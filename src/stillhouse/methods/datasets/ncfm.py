@@ -119,12 +119,6 @@ class SampleNet(nn.Module):
         assert normal is not None
         return rows.repeat_interleave(len(normal) // len(rows), dim=0) * normal
 
-    def reset_parameters(self) -> None:
-        """Draw all weights anew."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear | nn.BatchNorm1d):
-                layer.reset_parameters()
-
 
 class CharacteristicMatching(PixelMatching):
     """The loss of NCFM on pixels in [0, 1], and the calibration.
@@ -316,7 +310,10 @@ class CharacteristicMatching(PixelMatching):
         if "cf" in self.scratch:
             self.loss_sum += self.scratch["cf"].to(self.loss_sum)
         if clock.ends_epoch:
+            # The log's means are over all steps, of which only some match.
+            self.note("distance", self.loss_sum / self.classes)
             self.plateau.see(float(self.loss_sum) / self.classes)
+            self.note("rate", self.plateau.scale)
             self.loss_sum.zero_()
 
     def distilled(self) -> DistilledSet:
@@ -392,7 +389,7 @@ class NCFM(PixelDistillation):
             ("scan?", "synthesis"),
             ("match", "synthesis"),
             ("held-out discrepancy", "closed"),
-            ("iteration", "closed"),
+            ("iteration?", "closed"),
             ("judge", "judge"),
         ),
         reconstructed=True,
