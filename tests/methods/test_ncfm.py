@@ -29,6 +29,7 @@ from stillhouse.models.convnet import ConvNet
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.parts.distilled_set import Decode, DistilledSet, MeanStd
+from stillhouse.parts.mosaic import mosaic
 from stillhouse.parts.net_pool import NetPool
 from stillhouse.recipe import load_recipe
 from stillhouse.stages.set_distillation import distilled_of
@@ -580,6 +581,22 @@ def test_a_set_is_loaded_and_a_wrong_one_is_told(tmp_path):
         made(tmp_path / "d", settings={"init": "load"})
 
 
+def test_the_released_loader_gives_the_first_images_of_a_class(tmp_path):
+    still = {"lr_img": 1e-30, "weight_decay_img": 0.0, "costs": []}
+    recipe = load_recipe(example(settings={"real_sampling": "first", **still}))
+    job, method = open_job(recipe, tmp_path), open_method(recipe)
+    real = method.real_images(job)
+    start = method.first_set(job, real)
+    for label, rows in enumerate(real.rows):
+        torch.testing.assert_close(start.images[label], mosaic(real.take(rows[:4]), 2)[0])
+    draw = method._drawer(real, "first")
+    for seed in range(2):
+        rng = torch.Generator().manual_seed(seed)
+        assert torch.equal(draw(1, 3, rng), real.take(real.rows[1][:3]))
+    drawn = [method._drawer(real, "random")(1, 3, torch.Generator().manual_seed(s)) for s in (0, 1)]
+    assert not torch.equal(*drawn)
+
+
 SETTINGS = {
     "sampler": {"sampling_net": "scale_mixture"},
     "in turn": {"sampling_net": "scale_mixture", "players": "in_turn"},
@@ -644,7 +661,7 @@ def test_stopped_in_the_middle_of_an_iteration_it_ends_the_same(settings, tmp_pa
     due, calls = Stage.due, {"n": 0}
 
     def ask(self, now):
-        if self.name == "condense":
+        if self.name == "match":
             calls["n"] += 1
             if calls["n"] in (5, 19):
                 self.stop.asked = 15

@@ -69,7 +69,7 @@ class NetPool:
         """
         if self.checkpoints is None:
             raise ModelError("this pool of networks has no checkpoints to load")
-        return self._with(_read(self.checkpoints[index]), f"checkpoint {index}")
+        return self._with(read_weights(self.checkpoints[index]), f"checkpoint {index}")
 
     def __len__(self) -> int:
         """Number of checkpoints."""
@@ -96,7 +96,7 @@ class NetPool:
             raise ModelError("blending needs a pool with checkpoints and the starts of each")
         if not 0.0 <= share <= 1.0:
             raise ModelError(f"the share of the start must lie in [0, 1], not {share}")
-        start, end = _read(self.starts[index]), _read(self.checkpoints[index])
+        start, end = read_weights(self.starts[index]), read_weights(self.checkpoints[index])
         if start.keys() != end.keys():
             raise CheckpointError(
                 f"start and end of network {index} have different tensors: "
@@ -122,14 +122,20 @@ class NetPool:
         return net.to(self.device).requires_grad_(False).train()
 
 
-def _read(found: Checkpoint) -> Mapping[str, Tensor]:
+def read_weights(found: Checkpoint) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint by name; a file is read.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged.
+    """
     if isinstance(found, Mapping):
         return found
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(found)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the weights '{found}' cannot be read: {error}") from None
 
 

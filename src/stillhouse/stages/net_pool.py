@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from stillhouse.engine.job import Job
-from stillhouse.errors import CheckpointError
 from stillhouse.net import Net
 from stillhouse.parts.distilled_set import Preprocessing
-from stillhouse.parts.net_pool import NetPool
+from stillhouse.parts.net_pool import NetPool, read_weights
 from stillhouse.stages.judge_distilled_set import Protocol, train_on
 
 PREFIX = "module."
@@ -83,17 +82,11 @@ def read_pool(
     Raises:
         CheckpointError: a file that cannot be read, or does not fit the network.
     """
-    from safetensors.torch import load_file
 
     def read(path: Path | str) -> dict[str, Tensor]:
-        try:
-            found = load_file(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"the weights '{path}' cannot be read: {error}") from None
-        except Exception as error:  # safetensors' own error has no common base
-            raise CheckpointError(f"the weights '{path}' are damaged: {error}") from None
+        found = read_weights(path)
         own = all(k.startswith(PREFIX) for k in found)
-        return found if own else {PREFIX + k: v for k, v in found.items()}
+        return dict(found) if own else {PREFIX + k: v for k, v in found.items()}
 
     starts, ends = zip(*((read(start), read(end)) for start, end in files), strict=True)
     pool = NetPool(make, ends, starts=starts, device=device)

@@ -54,6 +54,7 @@ from stillhouse.metrics.cost import MB, LiveTensors, synchronise
 from stillhouse.net import Net, Output
 from stillhouse.parts.augment import DSA, LAYERED_MATCHING, LAYERED_POOL
 from stillhouse.parts.distilled_set import Decode, DistilledSet
+from stillhouse.parts.mosaic import mosaic
 from stillhouse.parts.net_pool import NetPool
 from stillhouse.parts.pixel_matching import DrawReal, PixelMatching
 from stillhouse.parts.plateau import Plateau
@@ -117,12 +118,6 @@ class SampleNet(nn.Module):
             return rows.repeat(DRAWS, 1)
         assert normal is not None
         return rows.repeat_interleave(len(normal) // len(rows), dim=0) * normal
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear | nn.BatchNorm1d):
-                layer.reset_parameters()
 
 
 class CharacteristicMatching(PixelMatching):
@@ -315,7 +310,10 @@ class CharacteristicMatching(PixelMatching):
         if "cf" in self.scratch:
             self.loss_sum += self.scratch["cf"].to(self.loss_sum)
         if clock.ends_epoch:
+            # The log's means are over all steps, of which only some match.
+            self.note("distance", self.loss_sum / self.classes)
             self.plateau.see(float(self.loss_sum) / self.classes)
+            self.note("rate", self.plateau.scale)
             self.loss_sum.zero_()
 
     def distilled(self) -> DistilledSet:
@@ -389,9 +387,9 @@ class NCFM(PixelDistillation):
             ("pool?", "train"),
             ("initial images", "closed"),
             ("scan?", "synthesis"),
-            ("condense", "synthesis"),
+            ("match", "synthesis"),
             ("held-out discrepancy", "closed"),
-            ("iteration", "closed"),
+            ("iteration?", "closed"),
             ("judge", "judge"),
         ),
         reconstructed=True,
@@ -562,7 +560,8 @@ class NCFM(PixelDistillation):
         )
         real_sampling: Literal["random", "first"] = Field(
             "random",
-            description="a new draw each step, or always the first images of a class",
+            description="a new draw each step, or always the first images of a class, which "
+            "the set then begins with too",
             json_schema_extra={"source": "released code: first, against its intent"},
         )
         augment: str = Field(
@@ -773,7 +772,7 @@ class NCFM(PixelDistillation):
         cost = self.cost(job, start, real, pool)
         seconds = {
             "pool": sum(s["seconds"] for s in job.stages if s["name"].startswith("pool/")),
-            "condense": sum(s["seconds"] for s in job.stages if s["name"] == "condense"),
+            "match": sum(s["seconds"] for s in job.stages if s["name"] == "match"),
         }
         labels, labeller = self.labels(job, distilled, pool)
         artifact = self.artifact_of(
@@ -816,12 +815,15 @@ class NCFM(PixelDistillation):
     def first_set(self, job: Job, real: RealImages) -> DistilledSet:
         """Stage 1: the images before distillation."""
         config, decode = self.config, self.config.decode()
-        if config.init == "mix":
-            return self.initial_set(job, real, "real", decode)
-        if config.init == "random":
-            whole = self.initial_set(job, real, "real")
-            return whole.replace(decode=decode.normalised(real.preprocessing))
         names = class_names(job)
+        if config.init in ("mix", "random"):
+            made = decode if config.init == "mix" else Decode()
+            if config.real_sampling == "first":
+                images = job.once("initial images", lambda: self._first_images(real, made.factor))
+                whole = set_of(images, config.ipc, names, real.preprocessing, made)
+            else:
+                whole = self.initial_set(job, real, "real", made)
+            return whole.replace(decode=decode.normalised(real.preprocessing))
         if config.init == "load":
             return _loaded(config.init_folder, names, config.ipc, real, decode)
 
@@ -834,6 +836,16 @@ class NCFM(PixelDistillation):
         images = job.once("initial images", noise)
         return set_of(images, config.ipc, names, real.preprocessing, decode)
 
+    def _first_images(self, real: RealImages, factor: int) -> Tensor:
+        needed = self.config.ipc * factor**2
+        short = [c for c, rows in enumerate(real.rows) if len(rows) < needed]
+        if short:
+            raise DataError(
+                f"class {short[0]} has {len(real.rows[short[0]])} real images; {needed} per class "
+                "were asked for"
+            )
+        return torch.cat([mosaic(real.take(rows[:needed]), factor) for rows in real.rows]).cpu()
+
     def condensed(
         self,
         job: Job,
@@ -843,7 +855,7 @@ class NCFM(PixelDistillation):
         lr: float,
         iterations: int,
     ) -> DistilledSet:
-        """Stage 2: the set after `iterations`, as the stage "condense"."""
+        """Stage 2: the set after `iterations`, as the stage "match"."""
         objective = self.matching(job, start, real, pool)
         optim: dict[str, Any] = {"pixels": self._image_optimizer(lr)}
         schedule: dict[str, Any] = {"pixels": objective.plateau}
@@ -854,7 +866,7 @@ class NCFM(PixelDistillation):
         every = job.budget.validate_every
         steps = len(objective.order)
         job.fit(
-            "condense",
+            "match",
             objective,
             objective.order,
             steps=iterations * steps,
@@ -1053,7 +1065,7 @@ class NCFM(PixelDistillation):
         return found
 
     def _cost_table(self, job: Job, about: Mapping[str, Any]) -> dict[str, Any]:
-        whole = about["seconds"]["condense"] / max(1, about["iterations"])
+        whole = about["seconds"]["match"] / max(1, about["iterations"])
         names = {"iteration": "this run", "released": "released sizes: 1024 real, 4096 frequencies"}
         rows = [
             [
