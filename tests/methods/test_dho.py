@@ -29,6 +29,7 @@ from stillhouse.recipe import load_recipe
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.function import Callable
+from stillhouse.teachers.headed import Headed
 from stillhouse.teachers.live import Live
 
 CLASSES = 6
@@ -538,6 +539,35 @@ def test_cached_logits_serve_as_the_teacher_does(tmp_path):
     kept = {**plain, "store": {"dtype": "float32"}}
     stored = weights(recipe(budget=budget, teacher=kept), tmp_path / "kept")
     assert max((live[k] - stored[k]).abs().max().item() for k in live) < 1e-4
+
+
+def test_a_probe_on_features_captured_once_teaches_both_streams(tmp_path):
+    """The teacher of the CIFAR-10 recipes: its body is not run again while the student learns."""
+    probe = {
+        "method": "linear-probe",
+        "student": {"model": "stillhouse:mlp", "options": {"widths": [16]}},
+        "budget": {"steps": 4, "batch": 8, "lr": 0.05},
+    }
+    budget = {"steps": 10, "batch": 8, "lr": 0.01, "optimizer": "sgd"}
+    chosen = recipe(teacher=probe, budget=budget)
+    job = open_job(chosen, tmp_path)
+    teacher, count = job.teacher(), []
+    assert isinstance(teacher, Headed)
+    body = next(m for m in teacher.net.module.modules() if isinstance(m, nn.Linear))
+    method = open_method(chosen)
+    made, order = method.objective(job, job.student(), teacher), method.order(job)
+    batch = order.read(order.epoch(0, lambda: torch.Generator().manual_seed(0))[0], job.views())
+    teacher.bind(made.wants, job.task)
+    body.register_forward_hook(lambda *_: count.append(1))
+    said = teacher.knowledge(batch)
+    assert not count
+    for name in ("labelled", "unlabelled"):
+        with torch.no_grad():
+            live = teacher.net(batch.view(f"{name}/x"))["logits"]
+        torch.testing.assert_close(said.stream(name).tensor("logits"), live)
+    job.fit("student", made, order, teacher=teacher)
+    assert len(count) == 4  # two for the comparison above, two in bind
+    job.log.close()
 
 
 def test_a_function_of_images_may_teach(tmp_path):
