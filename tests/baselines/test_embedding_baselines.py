@@ -52,9 +52,7 @@ def test_rkd_relates_the_rows_of_a_batch(tmp_path):
 
 
 def test_no_relation_at_all_is_refused():
+    settings = {"distance": 0.0, "angle": 0.0}
+    chosen = load_recipe({**catalogue.load("rkd").example(0), "settings": settings})
     with pytest.raises(RecipeError, match="plain distillation"):
-        open_method(
-            load_recipe(
-                {**catalogue.load("rkd").example(0), "settings": {"distance": 0.0, "angle": 0.0}}
-            )
-        )
+        open_method(chosen)
