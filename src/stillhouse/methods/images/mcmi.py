@@ -613,7 +613,7 @@ class MCMI(Method):
             "data": job.splits[job.teacher_split].fingerprint,
             "val": validation,
             "seed": job.seed,
-            "precision": str(job.hardware.dtype),
+            "precision": job.hardware.precision,
             "version": __version__,
             **depends,
         }
@@ -666,8 +666,8 @@ class MCMI(Method):
 
         chosen = job.once("early-stop", choose, everywhere=True)
         net.module.load_state_dict(read_state(snapshots[chosen["epoch"]]))
-        told.pop("centroids", None)
-        told.pop("stopped", None)
+        for name in ("centroids", "stopped", "before", "weight", "auto"):
+            told.pop(name, None)  # of the tuned teacher, which only gave the accuracy to match
         told["early_stop"] = chosen
         return net
 
