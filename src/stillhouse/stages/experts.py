@@ -170,7 +170,8 @@ def training_rows(job: Job, real: RealImages) -> tuple[Source, Preprocessing | N
     labels = torch.empty(len(real.held), dtype=torch.int64)
     for number, rows in enumerate(real.rows):
         labels[rows] = number
-    return TensorSource({"x": real.held.cpu(), "target": labels}, name="real images"), None
+    views = {"x": real.held, "target": labels.to(real.held.device)}
+    return TensorSource(views, name="real images"), None
 
 
 def open_trajectories(
