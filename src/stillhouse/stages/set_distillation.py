@@ -42,8 +42,8 @@ class SetConfig(MethodConfig):
     shared: ClassVar[frozenset[str]] = frozenset(
         {
             "ipc", "space", "mean", "std", "augment", "judge_epochs", "judge_batch", "judge_lr",
-            "judge_nets", "judge_protocol", "judge_augment", "full_epochs", "full_batch", "cross",
-            "cross_nets",
+            "judge_nets", "judge_protocol", "judge_augment", "against", "full_epochs", "full_batch",
+            "cross", "cross_nets",
         }
     )  # fmt: skip
 
