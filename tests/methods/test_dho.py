@@ -454,6 +454,7 @@ def test_the_report_shows_three_accuracies_and_the_map(tmp_path):
     assert "accuracy" in result.sides["teacher"]["0"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "by alpha (columns) and beta (rows)" in page
+    assert "Validation accuracy over the mix" in page
     assert "labels&#x27; head" in page or "labels&#39; head" in page or "labels' head" in page
 
 
@@ -920,13 +921,15 @@ def test_the_demonstration_runs_on_real_digits(data_root, tmp_path):
             "budget.steps=2",
             "teacher.train.steps=2",
             "compare=[]",
-            "data.options.subset={train: 900}",
+            "data.options.subset={train: 700}",
+            "teacher.store.draws=2",
         ],
     )
     result = run(chosen, folder=tmp_path / "run", progress=False)
     assert set(result.sides) == {"distilled", "teacher"}
     assert isinstance(result.artifact.predictor, TwoHeadClassifier)
+    # all sides read one store, of sixteen views of both streams
     teacher = open_job(chosen, tmp_path / "again").teacher()
-    assert isinstance(teacher, Live)
+    assert isinstance(teacher.teacher, Live)
     # normalised by the digits it was trained on, not by MNIST
-    assert teacher.net.mean.item() == pytest.approx(0.1558, abs=1e-3)
+    assert teacher.teacher.net.mean.item() == pytest.approx(0.1558, abs=1e-3)
