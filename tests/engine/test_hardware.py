@@ -49,7 +49,7 @@ def faults(who: str, **more: str) -> int:
 
 @pytest.mark.skipif(not has_glibc(), reason="only glibc is asked")
 def test_freed_activations_are_not_faulted_in_again():
-    # The library's own thresholds, held fast: by itself it moves them by how the heap happens to lie.
+    # The library's own thresholds, held fast: by itself it moves them by how the heap lies.
     plain = faults("plain", MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
     assert plain > 2000  # 11 MB in pages of 4 KB, and again in each of five forwards
     assert faults("ours") < plain / 10
