@@ -103,8 +103,8 @@ def _block(
     asked = [x for x in part if x.requires_grad]
     with torch.enable_grad():
         values = items(*part)
-    ones = torch.ones_like(values)
-    found = iter(torch.autograd.grad(values, asked, ones, allow_unused=True))
+        total = values.sum()
+    found = iter(torch.autograd.grad(total, asked, allow_unused=True))
     for x, into in zip(part, grads):
         if into is not None:
             made = next(found)
