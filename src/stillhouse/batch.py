@@ -149,7 +149,7 @@ def _take(value: Any, rows: Tensor) -> Any:
 
 def _pieces(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
     if isinstance(value, Tensor) and value.ndim:
-        return value.split(list(sizes))
+        return torch.split(value, list(sizes))
     if isinstance(value, Batch):
         return value.cut(sizes)
     if isinstance(value, list):
