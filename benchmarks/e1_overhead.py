@@ -40,6 +40,13 @@ def measure(bench: Bench) -> Row:
             {"step": step, **{k: f"{_median(v) * 1e3:.2f} ms" for k, v in found.items()}}
         )
     row.figures["median over rounds"] = medians
+    row.notes.append(
+        "The steps are named by what they took on the machine they were chosen on; what the bare "
+        "loop takes on this one is in the table. A quicker machine makes the test harder, as the "
+        "engine's cost is Python's. The floor is the bare loop itself: what is left above it is "
+        "seeding the step's noise, wrapping the teacher's answer, reading the terms for guard and "
+        "log, and colder caches for the rest."
+    )
     row.versions = {
         **bench.versions(torchdistill, "torchdistill"),
         **bench.versions(bench.python, "transformers", "accelerate"),
