@@ -944,6 +944,7 @@ def _profile(recipe: Recipe, job: Job, artifact: Artifact) -> list[dict[str, Any
     from stillhouse.engine.profile import advice
 
     found = []
+    kept = recipe.teacher is not None and recipe.teacher.store is not None
     for stage in job.stages:
         figures = stage.get("profile")
         if not figures or not figures["steps"]:
@@ -956,6 +957,7 @@ def _profile(recipe: Recipe, job: Job, artifact: Artifact) -> list[dict[str, Any
             workers=recipe.hardware.workers,
             device=job.device.type,
             **_probes(recipe, job, artifact, loop),
+            labelling=_labelling_probe(recipe, job) if share or kept else None,
         )
         found.append({"stage": stage["name"], **figures, "advice": told})
     return found
@@ -980,6 +982,22 @@ def _probes(recipe: Recipe, job: Job, artifact: Artifact, seconds: float) -> dic
     if not recipe.hardware.compile and seconds >= LONG_TRAINING:
         found["compiled"] = probe.compiled(net, view)
     return found
+
+
+def _labelling_probe(recipe: Recipe, job: Job) -> dict[str, Any] | None:
+    """How many rows at a time a live teacher is asked quickest, when a store is or may be kept."""
+    from stillhouse.engine import probe
+    from stillhouse.recipe import StoreSpec
+
+    net = getattr(job.models, "teacher_net", None)
+    if net is None or "train" not in job.splits:
+        return None
+    spec = recipe.teacher.store if recipe.teacher is not None else None
+    size = (spec or StoreSpec()).batch
+    rows = torch.arange(min(4 * size, len(job.splits["train"])))
+    batch = job.order(shuffle=False, augment=False).read(rows, job.views()).to(job.device)
+    view = batch.view(job.task.views()[0] if net.view == "x" else net.view)
+    return probe.labelling(net, view, size)
 
 
 def _store_saving(recipe: Recipe, job: Job, share: float | None) -> float | None:
