@@ -231,7 +231,9 @@ class RecipeModels:
         wanted = [str(name) for name in job.task.about.get("classes") or ()]
         if taught and wanted and taught != wanted:
             at = next((i for i, (a, b) in enumerate(zip(taught, wanted)) if a != b), None)
-            first = f"; class {at} is '{taught[at]}' there, '{wanted[at]}' here" if at else ""
+            first = ""
+            if at is not None:
+                first = f"; class {at} is '{taught[at]}' there, '{wanted[at]}' here"
             raise TeacherError(
                 f"the teacher {where} was made for {len(taught)} classes of "
                 f"'{artifact.meta.get('data', 'other data')}', the run reads {len(wanted)} of "
