@@ -1039,7 +1039,11 @@ def infer(
 
     opened = open_artifact(artifact)
     if opened.predictor is None:
-        raise RecipeError(f"an artifact of kind '{opened.kind}' cannot infer")
+        held = ", ".join(opened.tensors) or opened.kind
+        raise RecipeError(
+            f"an artifact of kind '{opened.kind}' holds no model that could answer: it holds "
+            f"{held} (in Python: stillhouse.load('{artifact}'))"
+        )
     known = opened.predictor.options
     for name in options or {}:
         if name not in known:

@@ -468,3 +468,25 @@ def test_a_damaged_journal_names_its_line(call) -> None:
     journal.write_bytes(b"".join([*lines[:2], *lines[3:], lines[2][:50]]))
     mended = call("run", "asks.yaml", "--folder", "second")
     assert mended.code == 0, mended.err
+
+
+def test_what_holds_no_model_cannot_answer(call) -> None:
+    from stillhouse.methods.datasets.datadam import DataDAM
+
+    Path("set.yaml").write_text(yaml.safe_dump({**DataDAM.example(), "compare": []}))
+    assert call("run", "set.yaml", "--folder", "r").code == 0
+    for words in (["infer", "r", "set.yaml"], ["export", "r", "--to", "onnx"]):
+        done = call(*words)
+        assert done.code == 1
+        assert "an artifact of kind 'dataset' holds no model" in done.err
+
+
+def test_a_damaged_summary(call, small) -> None:
+    assert call("run", str(small), "--folder", "r").code == 0
+    cut(Path("r/run.json"))
+    assert "run.json cannot be read" in call("report", "r").out
+    done = call("report", "r", "--json")
+    assert done.code == 1
+    assert "run.json is damaged" in done.err
+    assert call("run", "r/recipe.yaml", "--folder", "r").code == 0
+    assert call("report", "r", "--json").code == 0
