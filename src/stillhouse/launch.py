@@ -30,7 +30,7 @@ from stillhouse.engine.checkpoint import write_atomic
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.job import Family, Job, locked
 from stillhouse.engine.log import RunLog
-from stillhouse.engine.loop import StopRequest
+from stillhouse.engine.loop import STAMP, StopRequest
 from stillhouse.errors import (
     ModelError,
     OptionError,
@@ -161,6 +161,10 @@ class RecipeModels:
 
     def _teacher(self, job: Job, role: str, otherwise: Callable[[Job], Net] | None) -> Teacher:
         spec = self.recipe.teacher
+        if spec is not None and spec.store is not None and spec.source != "store":
+            from stillhouse.stages.capture import refuse_other_data
+
+            refuse_other_data(job, spec.store)
         if self.given.teacher is not None:
             teacher = self._handed_in(job, self.given.teacher)
         elif spec is not None:
@@ -460,7 +464,7 @@ def guard_redo(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
         known |= {str(name).rstrip("?") for name, _ in card.get("stages", ())}
         inner = inner.teacher.recipe if inner.teacher is not None else None
     # A finished or begun stage holds a stamp; rounds and children lie deeper.
-    known |= {stamp.parent.name for stamp in (folder / "stages").rglob("stamp.state")}
+    known |= {stamp.parent.name for stamp in (folder / "stages").rglob(STAMP)}
     for name in redo:
         if name not in known:
             raise RecipeError(
@@ -469,9 +473,9 @@ def guard_redo(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
 
 
 def _begun(folder: Path) -> bool:
-    """Whether any stage of a run, or of its sides, has left something in the folder."""
-    places = [folder / "stages", folder / "sides"]
-    return any(file.is_file() for place in places for file in place.rglob("*"))
+    """Whether any stage of a run, or of its sides, has left more than its stamp in the folder."""
+    files = [f for place in ("stages", "sides") for f in (folder / place).rglob("*.state")]
+    return any(file.name != STAMP for file in files)
 
 
 # ---- sides ---------------------------------------------------------------------------------

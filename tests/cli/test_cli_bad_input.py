@@ -213,8 +213,10 @@ def test_a_store_of_another_teacher_or_other_data(call, small) -> None:
     done = call("run", str(small), *stored, "-o", "teacher.train.steps=5", "--folder", "b")
     assert done.code == 1
     assert "the store kept was made by another teacher" in done.err
-    said = refused(call, small, "-o", "teacher={store: kept}", "-o", "data.options.rows=80")
-    assert "the store kept was made of other data" in said
+    other = ["-o", "data.options.rows=80"]
+    for source in (["-o", "teacher={store: kept}"], stored):
+        said = refused(call, small, *source, *other)
+        assert "the store kept was made of other data" in said
 
 
 def test_a_method_that_needs_more_than_a_store_or_an_endpoint_gives(call, small) -> None:
