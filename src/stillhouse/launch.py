@@ -30,7 +30,7 @@ from stillhouse.engine.checkpoint import write_atomic
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.job import Family, Job, locked
 from stillhouse.engine.log import RunLog
-from stillhouse.engine.loop import StopRequest
+from stillhouse.engine.loop import STAMP, StopRequest
 from stillhouse.errors import (
     ModelError,
     OptionError,
@@ -167,6 +167,10 @@ class RecipeModels:
 
     def _teacher(self, job: Job, role: str, otherwise: Callable[[Job], Net] | None) -> Teacher:
         spec = self.recipe.teacher
+        if spec is not None and spec.store is not None and spec.source != "store":
+            from stillhouse.stages.capture import refuse_other_data
+
+            refuse_other_data(job, spec.store)
         if self.given.teacher is not None:
             teacher = self._handed_in(job, self.given.teacher)
         elif spec is not None:
@@ -310,7 +314,9 @@ class RecipeModels:
         wanted = [str(name) for name in job.task.about.get("classes") or ()]
         if taught and wanted and taught != wanted:
             at = next((i for i, (a, b) in enumerate(zip(taught, wanted)) if a != b), None)
-            first = f"; class {at} is '{taught[at]}' there, '{wanted[at]}' here" if at else ""
+            first = ""
+            if at is not None:
+                first = f"; class {at} is '{taught[at]}' there, '{wanted[at]}' here"
             raise TeacherError(
                 f"the teacher {where} was made for {len(taught)} classes of "
                 f"'{artifact.meta.get('data', 'other data')}', the run reads {len(wanted)} of "
@@ -551,7 +557,7 @@ def guard_redo(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
         known |= {str(name).rstrip("?") for name, _ in card.get("stages", ())}
         inner = inner.teacher.recipe if inner.teacher is not None else None
     # A finished or begun stage holds a stamp; rounds and children lie deeper.
-    known |= {stamp.parent.name for stamp in (folder / "stages").rglob("stamp.state")}
+    known |= {stamp.parent.name for stamp in (folder / "stages").rglob(STAMP)}
     for name in redo:
         if name not in known:
             raise RecipeError(
@@ -560,9 +566,9 @@ def guard_redo(recipe: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
 
 
 def _begun(folder: Path) -> bool:
-    """Whether any stage of a run, or of its sides, has left something in the folder."""
-    places = [folder / "stages", folder / "sides"]
-    return any(file.is_file() for place in places for file in place.rglob("*"))
+    """Whether any stage of a run, or of its sides, has left more than its stamp in the folder."""
+    files = [f for place in ("stages", "sides") for f in (folder / place).rglob("*.state")]
+    return any(file.name != STAMP for file in files)
 
 
 # ---- sides ---------------------------------------------------------------------------------
@@ -1149,7 +1155,11 @@ def infer(
 
     opened = open_artifact(artifact)
     if opened.predictor is None:
-        raise RecipeError(f"an artifact of kind '{opened.kind}' cannot infer")
+        held = ", ".join(opened.tensors) or opened.kind
+        raise RecipeError(
+            f"an artifact of kind '{opened.kind}' holds no model that could answer: it holds "
+            f"{held} (in Python: stillhouse.load('{artifact}'))"
+        )
     known = opened.predictor.options
     for name in options or {}:
         if name not in known:

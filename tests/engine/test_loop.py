@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from stillhouse.batch import Shuffled, Splits, TensorSource
 from stillhouse.clock import Views
 from stillhouse.engine.hardware import Hardware
-from stillhouse.engine.job import Above, Best, Each, Job
+from stillhouse.engine.job import Above, Best, Each, Family, Job
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.loop import Stage
 from stillhouse.errors import CheckpointError, Interrupted, RecipeError, TrainingError
@@ -303,7 +303,6 @@ def test_optimisers_by_pattern_move_every_parameter_once(tmp_path):
 
 
 def test_redo_runs_the_stage_and_what_follows(tmp_path):
-    from stillhouse.engine.job import Family
 
     first = make_job(tmp_path)
     assert [first.once(n, lambda: 1) for n in "abc"] == [1, 1, 1]
@@ -505,3 +504,33 @@ def test_it_needs_validation_data(tmp_path):
     job.splits._sources.pop("val")
     with pytest.raises(RecipeError, match=r"floor.*data\.options\.val"):
         train(job, keep=Above(1.0))
+
+
+def test_a_stage_that_was_refused_before_its_first_step_may_begin_differently(tmp_path):
+    job = make_job(tmp_path)
+    job.stage("student", "train", stamp={"steps": 1})
+    again = make_job(tmp_path)
+    stage = again.stage("student", "train", stamp={"steps": 2})
+    stage.save(1, {"x": 1})
+    with pytest.raises(CheckpointError, match=r"steps: 2 -> 3.*--redo student"):
+        make_job(tmp_path).stage("student", "train", stamp={"steps": 3})
+
+
+def test_redo_of_a_shared_stage_makes_it_again_and_only_when_it_is_named(tmp_path):
+    made = []
+
+    def value():
+        made.append(len(made))
+        return len(made)
+
+    def run(*redo):
+        job = make_job(tmp_path)
+        job.family = Family(redo)
+        first = job.once("first", lambda: 0)
+        return first, job.once("expert", value, share={"of": "this"})
+
+    assert run() == (0, 1)
+    assert run() == (0, 1)
+    assert run("first") == (0, 1)
+    assert run("expert") == (0, 2)
+    assert run() == (0, 2)
