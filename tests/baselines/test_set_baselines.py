@@ -99,3 +99,15 @@ def test_unknown_augmentation_is_told_before_anything_runs():
                 }
             )
         )
+
+
+@pytest.mark.parametrize("entry", ["random-real", "dm"])
+def test_mosaics_are_a_variant(entry, tmp_path):
+    example = catalogue.load(entry).example(0)
+    example["data"]["options"]["rows"] = 48
+    found = made(entry, tmp_path / "a", data=example["data"], variant="mosaic")
+    assert found.decode.factor == 2
+    assert found.training_count == 16
+    whole = made(entry, tmp_path / "b", data=example["data"])
+    assert whole.training_count == 4
+    assert not torch.equal(found.images, whole.images)
