@@ -408,6 +408,10 @@ class DHO(StudentTraining):
         "single-head": Variant(
             set={"heads": "single"}, about="labels and teacher on one head: the conflict"
         ),
+        "single-head-labels": Variant(
+            set={"heads": "single", "balance": 0.8},
+            about="labels and teacher on one head, the labels weighing four times as much",
+        ),
         "single-pseudo": Variant(
             set={"heads": "single", "targets": "hard", "kd_labelled": False},
             about="one head; the teacher's first choice as label of unlabelled images",
@@ -430,6 +434,12 @@ class DHO(StudentTraining):
     }
     claims: ClassVar[list[Claim]] = [
         Claim("two heads beat one with both losses", "accuracy", "dho", "dho/single-head"),
+        Claim(
+            "two heads beat one that weighs the labels more",
+            "accuracy",
+            "dho",
+            "dho/single-head-labels",
+        ),
         Claim("beats the few labels alone", "accuracy", "dho", "dho/labels-only"),
         Claim("beats the teacher's opinion alone", "accuracy", "dho", "dho/teacher-only"),
         Claim(
