@@ -688,12 +688,11 @@ def _accuracy(logits: Tensor, target: Tensor) -> float:
 def _map_of(told: Mapping[str, Any]) -> dict[str, Any]:
     """Validation accuracy at every point of the grid, in percent."""
     grid = told["grid"]
-    shown = [f"{alpha:g}" for alpha in grid["alphas"]]
-    lines = zip(grid["betas"], told["shares"], strict=True)
+    lines = zip(grid["alphas"], zip(*told["shares"], strict=True), strict=True)
     return {
-        "title": "Accuracy on validation data by alpha (columns) and beta (rows), percent",
-        "columns": ["beta", *shown],
-        "rows": [[f"{beta:g}", *(f"{100 * v:.1f}" for v in line)] for beta, line in lines],
+        "title": "Accuracy on validation data by alpha (rows) and beta (columns), percent",
+        "columns": ["alpha", *(f"{beta:g}" for beta in grid["betas"])],
+        "rows": [[f"{alpha:g}", *(f"{100 * v:.1f}" for v in line)] for alpha, line in lines],
     }
 
 
