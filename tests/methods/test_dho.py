@@ -453,7 +453,7 @@ def test_the_report_shows_three_accuracies_and_the_map(tmp_path):
     assert {"accuracy", "accuracy_ce", "accuracy_kd", "alpha", "beta", "conflict"} <= set(figures)
     assert "accuracy" in result.sides["teacher"]["0"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "by alpha (columns) and beta (rows)" in page
+    assert "by alpha (rows) and beta (columns)" in page
     assert "Validation accuracy over the mix" in page
     assert "labels&#x27; head" in page or "labels&#39; head" in page or "labels' head" in page
 
