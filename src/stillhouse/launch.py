@@ -44,6 +44,7 @@ from stillhouse.method import Method
 from stillhouse.models.loading import load_model
 from stillhouse.net import Net
 from stillhouse.recipe import (
+    GIVEN,
     ModelSpec,
     Recipe,
     TeacherSpec,
@@ -57,8 +58,6 @@ from stillhouse.tasks import open_task
 from stillhouse.teacher import Teacher
 from stillhouse.teachers.live import Live
 from stillhouse.writing import full_disk_told
-
-GIVEN = "given"
 
 
 @dataclass
