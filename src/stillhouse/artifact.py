@@ -8,9 +8,11 @@ Layout of a folder: `artifact.json` (kind, provenance, hashes, how to reopen it)
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,8 +79,9 @@ class Artifact:
     Attributes:
         kind: model, dataset, labels or analysis.
         predictor: of a model.
-        model: how to build the module again: {"id": ..., "options": ...}; empty when it was
-            handed in as a module, which then is needed for reopening too.
+        model: how to build the module again: {"id": ..., "options": ...}; without an id when
+            it was handed in as a module, which then is needed for reopening too. "altered" lists
+            what a method changed in the built module, see `altered`.
         tensors: of a data set (or what an analysis keeps).
         records: of labels.
         tables: of an analysis: [{"title", "columns", "rows"}].
@@ -271,6 +274,68 @@ def read_records(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise CheckpointError(f"{path}, line {number}: {error}") from error
     return found
+
+
+def altered(module: nn.Module, model: Mapping[str, Any]) -> nn.Module:
+    """A freshly built module, changed as the method that trained it had changed it.
+
+    Args:
+        module: as its id or its owner builds it.
+        model: of an artifact. Its "altered" is a list of {"by": "package.module:function",
+            "options": {...}}; each function (or class) is called with the module and the
+            options, and returns the module with which it goes on.
+
+    Raises:
+        CheckpointError: a function of a package that adds no methods, that is not there, or
+            that takes other options.
+    """
+    for change in model.get("altered", ()):
+        by = trusted(str(change["by"]), "a change of the artifact's model")
+        if isinstance(by, type) and isinstance(module, by):
+            continue  # the owner handed in what already stands around the model
+        try:
+            module = by(module, **change.get("options", {}))
+        except TypeError as error:
+            raise CheckpointError(f"'{change['by']}' cannot be built again: {error}") from error
+    return module
+
+
+def alterations_of(module: nn.Module) -> list[dict[str, Any]]:
+    """What stands around a model, for `altered`: its class and arguments; none for a model.
+
+    A module that keeps more than the recipe's model (a second head) says so by a method
+    `around`, which gives the keyword arguments to build it around the model.
+    """
+    told = getattr(module, "around", None)
+    if told is None:
+        return []
+    kind = type(module)
+    return [{"by": f"{kind.__module__}:{kind.__qualname__}", "options": told()}]
+
+
+def trusted(name: str, what: str) -> Any:
+    """What an artifact names in this package, or in one that adds methods to it.
+
+    Importing whatever it names would let a folder run code.
+
+    Args:
+        name: "package.module:attribute".
+        what: for the error.
+
+    Raises:
+        CheckpointError: another package, or no such thing in it.
+    """
+    module_name, _, attribute = name.partition(":")
+    known = {"stillhouse"}
+    known |= {e.value.split(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
+    if module_name.split(".")[0] not in known:
+        raise CheckpointError(
+            f"{what}, '{name}', is not of a package that adds methods ({', '.join(sorted(known))})"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"{what}, '{name}', cannot be found: {error}") from error
 
 
 def restore_weights(module: nn.Module, folder: Path) -> None:

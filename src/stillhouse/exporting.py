@@ -389,6 +389,11 @@ def _torch_note(source: Source, about: Mapping[str, Any]) -> str:
         ]
     else:
         lines += ["", f"model = ...  # build your {type(source.module).__name__} here"]
+    if model.get("altered"):
+        lines += [
+            "from stillhouse.artifact import altered",
+            f"model = altered(model, {{'altered': {model['altered']!r}}})",
+        ]
     lines += ['model.load_state_dict(load_file("model.safetensors"))', "model.eval()", "```"]
     if about["mean"] is not None:
         lines += [

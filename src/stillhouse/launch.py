@@ -22,7 +22,7 @@ from torch import nn
 
 from stillhouse import catalogue
 from stillhouse._version import __version__
-from stillhouse.artifact import Artifact
+from stillhouse.artifact import Artifact, alterations_of
 from stillhouse.batch import Splits, Subset
 from stillhouse.data.registry import open_data
 from stillhouse.data.roots import cache_folder
@@ -40,7 +40,7 @@ from stillhouse.errors import (
     TeacherError,
     nearest,
 )
-from stillhouse.method import Method
+from stillhouse.method import Method, StudentTraining
 from stillhouse.models.loading import load_model
 from stillhouse.net import Net
 from stillhouse.recipe import (
@@ -114,7 +114,13 @@ class RecipeModels:
     def __init__(self, recipe: Recipe, given: Given) -> None:
         self.recipe, self.given = recipe, given
         self.teacher_net: Net | None = None
+        self._built: dict[str, dict[str, Any]] = {}
         self._teachers: dict[str, Teacher] = {}
+
+    def has(self, role: str) -> bool:
+        """Whether there is a "student" or "teacher", in the recipe or handed in."""
+        named = (getattr(self.recipe, role, None), getattr(self.given, role, None))
+        return any(value is not None for value in named)
 
     def student(self, job: Job, role: str) -> Net:
         """The recipe's student, initialised by the seed (equal for every side)."""
@@ -190,23 +196,16 @@ class RecipeModels:
 
     def _from_spec(self, job: Job, spec: TeacherSpec, role: str) -> Teacher:
         if spec.source == "model":
-            net = self._net(job, spec, role)
+            home = self._home(job, spec)
+            net = self._net(home, spec, role)
             self._check_teacher(job, net)
             if spec.train is not None:
-                self._train(job, net, spec)
+                self._train(home, net, spec)
             elif _knows_nothing(spec, net):
                 job.log.write("warning", text=KNOWS_NOTHING.format(model=spec.model))
             return self._live(job, net)
         if spec.source == "artifact":
-            from stillhouse.opening import open_artifact
-
-            artifact = open_artifact(Path(str(spec.artifact)))
-            module = artifact.module
-            if not isinstance(module, Net):
-                raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
-            self._check_classes(job, artifact, str(spec.artifact))
-            self._check_teacher(job, module.to(job.device))
-            return self._live(job, module.to(job.device))
+            return self._live(job, self._opened(job, spec))
         if spec.source == "recipe":
             return self._nested(job, spec)
         if spec.source == "store":
@@ -223,10 +222,90 @@ class RecipeModels:
             "inside a training: label first, or give the teacher as a model or a store"
         )
 
+    def _opened(self, job: Job, spec: TeacherSpec) -> Net:
+        from stillhouse.opening import open_artifact
+
+        artifact = open_artifact(Path(str(spec.artifact)))
+        module = artifact.module
+        if not isinstance(module, Net):
+            raise TeacherError(f"the artifact {spec.artifact} holds no model of this task")
+        self._check_classes(job, artifact, str(spec.artifact))
+        self._check_teacher(job, module.to(job.device))
+        self._built["teacher"] = artifact.model
+        return module
+
+    def _home(self, job: Job, spec: TeacherSpec) -> Job:
+        """The job on the data that the teacher is trained on: its own, where it has any."""
+        if spec.train is None or spec.train.data is None:
+            return job
+        own = spec.train.data
+        splits = open_data(own.name, seed=job.seed, options=own.options)
+        return Job(
+            job.recipe,
+            open_task(job.task.name, splits),
+            job.folder,
+            seed=job.seed,
+            hardware=job.hardware,
+            log=job.log,
+            models=self,
+            cache=job.cache,
+            path=job.path,
+            stop=job.stop,
+            family=job.family,
+        )
+
     def _check_teacher(self, job: Job, net: Net) -> None:
         """A teacher of logits must know the same classes; others are checked by their wants."""
         if "logits" in catalogue.find(self.recipe.method).card.get("needs", ()):
             job.task.check(None, net)
+
+    def trainable_teacher(self, job: Job, role: str, trained: bool) -> Net:
+        """The recipe's teacher as a network of the method's own; see `Job.trainable_teacher`."""
+        given, spec = self.given.teacher, self.recipe.teacher
+        if given is not None:
+            module = given.net if isinstance(given, Live) else given
+            if not isinstance(module, nn.Module):
+                raise self._no_net("object that answers")
+            # What was handed in stays as it is.
+            module = copy.deepcopy(module)
+            net = module if isinstance(module, Net) else job.task.net(module, {})
+            net = self._arranged(net.to(job.device))
+        elif spec is None:
+            raise RecipeError(
+                f"'{self.recipe.method}' trains the teacher and the recipe names none; "
+                "add teacher: {model: ..., train: {...}}"
+            )
+        elif spec.source == "model":
+            net = self._net(job, spec, role)
+            self._check_teacher(job, net)
+            if trained and spec.train is not None:
+                self._train(job, net, spec)
+        elif spec.source == "artifact":
+            net = self._opened(job, spec)
+        elif spec.source == "recipe":
+            _, _, net, artifact = self._run_nested(job, spec)
+            self._built["teacher"] = artifact.model
+        else:
+            raise self._no_net(spec.source)
+        self._check_teacher(job, net)
+        if not any(p.requires_grad for p in net.parameters()):
+            net.requires_grad_(True)  # it was frozen as a teacher before
+        return net
+
+    def _no_net(self, what: str) -> TeacherError:
+        return TeacherError(
+            f"'{self.recipe.method}' trains the teacher itself, which is no network as {what}: "
+            "give teacher: {model: ...}, an artifact or another recipe"
+        )
+
+    def teaching(self, job: Job, net: Net) -> Teacher:
+        """A network made in this run as its teacher; see `Job.teaching`."""
+        teacher, spec = self._live(job, net), self.recipe.teacher
+        if spec is not None and spec.store is not None and spec.source != "store":
+            from stillhouse.stages.capture import captured
+
+            return captured(job, teacher, spec.store)
+        return teacher
 
     def _check_classes(self, job: Job, artifact: Artifact, where: str) -> None:
         """As many classes are not enough: they must be the same, in the same order."""
@@ -254,20 +333,30 @@ class RecipeModels:
             "model": spec.model,
             "options": spec.options,
             "weights": spec.weights,
-            "budget": spec.train.model_dump() if spec.train else None,
-            "data": job.splits["train"].fingerprint,
+            "budget": spec.train.model_dump(exclude={"data"}) if spec.train else None,
+            "data": job.splits[job.teacher_split].fingerprint,
             "seed": job.seed,
             "version": __version__,
         }
-        train_supervised(job, "teacher", net, budget=spec.train, share=share)
+        train_supervised(
+            job, "teacher", net, split=job.teacher_split, budget=spec.train, share=share
+        )
 
     def _nested(self, job: Job, spec: TeacherSpec) -> Teacher:
+        method, child, net, artifact = self._run_nested(job, spec)
+        live = self._live(job, net)
+        own: Teacher | None = method.teacher(child, artifact)
+        return own or live
+
+    def _run_nested(self, job: Job, spec: TeacherSpec) -> tuple[Method, Job, Net, Artifact]:
+        """The teacher's own recipe, run as a child on what teachers are trained on."""
         assert spec.recipe is not None
         inner = spec.recipe.model_copy(update={"seed": job.seed})
         models = RecipeModels(inner, Given(splits=self.given.splits))
+        whole = job.splits.of_teachers()
         child = Job(
             inner,
-            job.task,
+            job.task if whole is job.splits else type(job.task)(whole),
             job.folder,
             seed=job.seed,
             hardware=job.hardware,
@@ -283,17 +372,21 @@ class RecipeModels:
         net = artifact.module
         if not isinstance(net, Net):
             raise TeacherError(f"'{inner.method}' yields no model that could teach")
-        live = self._live(job, net)
-        own: Teacher | None = method.teacher(child, artifact)
-        return own or live
+        return method, child, net, artifact
 
-    def artifact(self, job: Job, module: nn.Module) -> Artifact:
+    def artifact(self, job: Job, module: nn.Module, role: str = "student") -> Artifact:
         """A model artifact with the task's predictor and the way to build it again."""
         net = module if isinstance(module, Net) else job.task.net(module)
-        spec = self.recipe.student
-        model: dict[str, Any] = {}
-        if self.given.student is None and spec is not None:
+        spec: ModelSpec | TeacherSpec | None = self.recipe.student
+        given: Any = self.given.student
+        if role == "teacher":
+            spec, given = self.recipe.teacher, self.given.teacher
+        model = self._built.get(role, {})
+        if given is None and spec is not None and spec.model is not None:
             model = {"id": spec.model, "options": spec.options, "taps": spec.taps}
+        changes = alterations_of(net.module)
+        if changes:
+            model = {**model, "altered": [*model.get("altered", ()), *changes]}
         return Artifact(
             "model",
             predictor=job.task.predictor(net),
@@ -978,14 +1071,15 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
     teacher = recipe.teacher
     if teacher is not None and teacher.model is not None and given.teacher is None:
         models = RecipeModels(recipe, given)
-        net = models._net(job, teacher, "teacher")
+        net = models._net(models._home(job, teacher), teacher, "teacher")
         models._check_teacher(job, net)
         found["models"]["teacher"] = _model_plan(net, teacher)
         if _knows_nothing(teacher, net):
             found["warning"] = KNOWS_NOTHING.format(model=teacher.model)
     if "train" in splits:
-        rows, budget = splits.peek("train"), recipe.budget
-        epoch = -(-rows // budget.batch)
+        budget = recipe.budget
+        order = method.order(job) if isinstance(method, StudentTraining) else job.order("train")
+        epoch = len(order)
         found["steps"] = budget.steps or (budget.epochs or 1) * epoch
     return {**found, **method.forecast(job)}
 

@@ -163,6 +163,22 @@ class BudgetSpec(Section):
         return self
 
 
+class TrainSpec(BudgetSpec):
+    """How a teacher is trained before it teaches."""
+
+    data: DataSpec | None = Field(
+        default=None,
+        description="data of the teacher's own, which it is also normalised by; none: the run's",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_data(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("data"), str):
+            return {**given, "data": {"name": given["data"]}}
+        return given
+
+
 class StoreSpec(Section):
     """A teacher's outputs on disk: computed once, read in every epoch after."""
 
@@ -178,7 +194,9 @@ class StoreSpec(Section):
     k: Count = Field(default=16, description="classes kept per row by topk, truncate and sample")
     temperature: Positive = Field(default=1.0, description="at which probabilities are kept")
     dtype: Literal["float16", "float32", "bfloat16", "int8"] = Field(
-        default="float16", description="numbers on disk"
+        default="float16",
+        description="numbers on disk; int8: a byte each, with a scale and a zero point per vector "
+        "(a quarter of float32), off by 1/508 of the vector's range at most",
     )
     draws: Count | None = Field(
         default=None, description="augmented views stored per sample; none: only the plain one"
@@ -274,7 +292,7 @@ class TeacherSpec(Section):
         description="keep the teacher's outputs on disk (true, a folder, or settings); alone: "
         "the folder of a store made before",
     )
-    train: BudgetSpec | None = Field(
+    train: TrainSpec | None = Field(
         default=None, description="train the teacher first, as a stage, with this budget"
     )
     fingerprint: Text | None = Field(
@@ -687,6 +705,10 @@ def _unknown_names(recipe: Recipe) -> Iterable[str]:
         yield _place(recipe, "task", f"unknown task '{task}'", task, tasks)
     if data != GIVEN and ":" not in data and data not in sets:
         yield _place(recipe, "data.name", f"unknown data set '{data}'", data, sets)
+    train = recipe.teacher.train if recipe.teacher is not None else None
+    own = train.data.name if train is not None and train.data is not None else data
+    if own != data and ":" not in own and own not in sets:
+        yield _place(recipe, "teacher.train.data.name", f"unknown data set '{own}'", own, sets)
 
 
 def _place(recipe: Recipe, field: str, what: str, name: str, known: Iterable[str]) -> str:

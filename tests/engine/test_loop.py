@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from stillhouse.batch import Shuffled, Splits, TensorSource
 from stillhouse.clock import Views
 from stillhouse.engine.hardware import Hardware
-from stillhouse.engine.job import Best, Each, Family, Job
+from stillhouse.engine.job import Above, Best, Each, Family, Job
 from stillhouse.engine.log import RunLog
+from stillhouse.engine.loop import Stage
 from stillhouse.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from stillhouse.net import Net
 from stillhouse.objective import Objective
@@ -447,3 +448,89 @@ def test_redo_of_a_shared_stage_makes_it_again_and_only_when_it_is_named(tmp_pat
     assert run("first") == (0, 1)
     assert run("expert") == (0, 2)
     assert run() == (0, 2)
+
+
+# ---- a floor under a figure -------------------------------------------------------------------
+
+
+def scores(values):
+    """A validation that tells these figures one after another."""
+    told = iter(values)
+    return lambda: {"error": next(told)}
+
+
+def test_it_ends_where_the_figure_sinks_and_keeps_the_state_before(tmp_path):
+    whole, _ = train(make_job(tmp_path / "two", epochs=3), steps=12, validate_every=6)
+    job = make_job(tmp_path / "floor", epochs=3)
+    kept, done = train(
+        job, keep=Above(1.0, "error"), validate=scores([0.5, 0.9, 1.5, 0.1]), validate_every=6,
+        steps=24,
+    )  # fmt: skip
+    assert done.steps == 18
+    assert done.best_step == 12
+    assert "error 1.5 at step 18 is beyond the floor of 1; the state of step 12" in done.stopped
+    assert done.scores == {"error": 0.9}
+    assert kept.keys() == whole.keys()
+    again, reloaded = train(
+        make_job(tmp_path / "floor", epochs=3), keep=Above(1.0, "error"), steps=24,
+        validate_every=6,
+    )  # fmt: skip
+    assert all(torch.equal(kept[k], again[k]) for k in kept)
+    assert (reloaded.stopped, reloaded.steps) == (done.stopped, 18)
+    log = (tmp_path / "floor" / "log.jsonl").read_text()
+    assert "beyond the floor" in log
+
+
+def test_where_it_never_sinks_it_is_as_without(tmp_path):
+    plain, _ = train(make_job(tmp_path / "plain"))
+    floor, done = train(make_job(tmp_path / "floor"), keep=Above(1e9))
+    assert done.stopped == ""
+    assert done.steps == done.best_step == 18
+    assert all(torch.equal(plain[k], floor[k]) for k in plain)
+
+
+def test_where_nothing_is_above_it_the_initial_state_is_kept(tmp_path):
+    job = make_job(tmp_path)
+    kept, done = train(job, keep=Above(-1.0))
+    assert done.best_step == 0
+    assert done.steps == 6
+    first = make_job(tmp_path / "fresh").build(lambda: torch.nn.Linear(6, 16), "student")
+    assert torch.equal(kept["student.module.0.weight"], first.weight)
+
+
+def test_stopped_on_the_way_it_ends_the_same(tmp_path, monkeypatch):
+    def run(folder):
+        return train(make_job(folder), keep=Above(0.42), validate_every=2)
+
+    # Turned round, so that learning is what makes the figure sink.
+    monkeypatch.setattr(Regression, "higher_is_better", True)
+
+    whole, done = run(tmp_path / "whole")
+    assert 0 < done.best_step < done.steps < 18
+    calls = {"n": 0}
+    due = Stage.due
+
+    def ask(self, now):
+        calls["n"] += 1
+        if calls["n"] == 3:
+            self.stop.asked = 15
+        return due(self, now)
+
+    monkeypatch.setattr(Stage, "due", ask)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(Stage, "due", due)
+    again, ended = run(tmp_path / "cut")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    assert (ended.stopped, ended.steps, ended.best_step) == (
+        done.stopped,
+        done.steps,
+        done.best_step,
+    )
+
+
+def test_it_needs_validation_data(tmp_path):
+    job = make_job(tmp_path)
+    job.splits._sources.pop("val")
+    with pytest.raises(RecipeError, match=r"floor.*data\.options\.val"):
+        train(job, keep=Above(1.0))

@@ -216,14 +216,18 @@ def _side(name: str, recipe: Recipe, home: Path) -> Side:
 def surroundings(recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, str], str]:
     """Data (name, edition, hash), versions and hardware of the runs of a recipe."""
     from stillhouse import launch
+    from stillhouse.data.registry import open_data
 
-    splits = launch.open_splits(recipe, launch.Given())
-    data = {
-        "name": recipe.data.name,
-        "edition": splits.edition,
-        "hash": str(splits.about.get("hash", "")),
-    }
-    return [data], launch.versions(), launch.open_hardware(recipe).describe()
+    splits = {recipe.data.name: launch.open_splits(recipe, launch.Given())}
+    train = recipe.teacher.train if recipe.teacher is not None else None
+    if train is not None and train.data is not None:
+        own = train.data
+        splits[own.name] = open_data(own.name, seed=recipe.seed, options=own.options)
+    data = [
+        {"name": name, "edition": read.edition, "hash": str(read.about.get("hash", ""))}
+        for name, read in splits.items()
+    ]
+    return data, launch.versions(), launch.open_hardware(recipe).describe()
 
 
 def _launched() -> RunSide:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from stillhouse.errors import OptionError, nearest
 from stillhouse.recipe import what_is_wrong
 
-Augment = Literal["none", "crop", "flip", "crop+flip"]
+Augment = Literal["none", "crop", "flip", "crop+flip", "affine"]
 
 
 class DataOptions(BaseModel):
@@ -42,6 +49,12 @@ class ClassOptions(DataOptions):
         description="keep only these classes, by name or number, renumbered in this order; "
         "an integer n keeps the first n",
     )
+    modulo: int | None = Field(
+        None,
+        ge=2,
+        description="join classes into so many: class y becomes y mod n, after all else is chosen "
+        "by the original classes; which one it was stays known as the view 'subclass'",
+    )
     subset: int | dict[str, int] | None = Field(
         None,
         description="rows to keep per official split ({train: 5000, test: 1000}; an integer "
@@ -67,6 +80,38 @@ class ClassOptions(DataOptions):
         description="share of train that keeps its labels, by the run's seed; the rest becomes "
         "the split 'unlabelled'",
     )
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="rows of every class of train that keep their labels (few-shot), by the "
+        "run's seed; the rest becomes the split 'unlabelled'",
+    )
+    few_shot: int | float | None = Field(
+        None,
+        description="what students see of train: a share of its rows (below 1), or a count of "
+        "rows of every class; drawn by the run's seed. Teachers are trained on all of it, which "
+        "becomes the split 'full'",
+    )
+    drop_classes: list[int | str] = Field(
+        default_factory=list,
+        description="classes that students never see, by name or number; they keep their place "
+        "in the head, in val and in test, and teachers are trained on them (split 'full')",
+    )
+
+    @field_validator("few_shot")
+    @classmethod
+    def _few_shot_is_count_or_share(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError("a count of rows (integer >= 1) or a share in (0, 1)")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_by_one_rule(self) -> ClassOptions:
+        rules = ("label_fraction", "labels_per_class", "label_list")
+        given = [rule for rule in rules if getattr(self, rule, None) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say who keeps a label; give one of them")
+        return self
 
     @field_validator("classes")
     @classmethod
@@ -120,13 +165,22 @@ class ImageOptions(ClassOptions):
     image_size: int | None = Field(
         None, ge=4, le=1024, description="height and width in pixels; None: as they are"
     )
+    canvas: int | None = Field(
+        None,
+        ge=4,
+        le=1024,
+        description="height and width that images are centred in, with zeros around, after "
+        "image_size; None: no border",
+    )
     channels: Literal[1, 3] | None = Field(
         None, description="grey (1) or colour (3); None: as they are"
     )
     augment: Augment = Field(
         "none",
         description="of training reads: crop (random shift by up to an eighth of the size, "
-        "zero padded), flip (left to right, half of the reads); true: what is usual for the set",
+        "zero padded), flip (left to right, half of the reads), affine (turned by up to 15 "
+        "degrees, scaled by up to a fifth, sheared, shifted by up to a tenth); true: what is "
+        "usual for the set",
     )
 
     @field_validator("augment", mode="before")

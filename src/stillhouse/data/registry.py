@@ -103,7 +103,7 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     """
     from stillhouse.data.check import check_splits
     from stillhouse.data.options import ClassOptions, checked_options
-    from stillhouse.data.splitting import with_val, withhold_labels
+    from stillhouse.data.splitting import keep_listed, narrowed, with_val
 
     if ":" in name:
         return _open_function(name, seed, options or {})
@@ -111,10 +111,33 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     checked = checked_options(name, data.Options, options or {})
     splits = data.open(checked, seed)
     _name_parts(splits, name)
-    splits = with_val(splits, checked.val, seed=seed, name=name)
-    if isinstance(checked, ClassOptions) and checked.label_fraction is not None:
-        splits = withhold_labels(splits, checked.label_fraction, seed=seed, name=name)
+    if getattr(checked, "label_list", None) is not None:
+        splits = keep_listed(splits, checked.label_list, checked.val, seed=seed, name=name)
+    else:
+        splits = with_val(splits, checked.val, seed=seed, name=name)
+        splits = _with_fewer_labels(splits, checked, seed, name)
+    if isinstance(checked, ClassOptions) and (checked.few_shot or checked.drop_classes):
+        splits = narrowed(
+            splits,
+            few_shot=checked.few_shot,
+            drop_classes=checked.drop_classes,
+            seed=seed,
+            name=name,
+        )
     check_splits(splits)
+    return splits
+
+
+def _with_fewer_labels(splits: Splits, options: Any, seed: int, name: str) -> Splits:
+    """The splits with the labels that the options leave; all, where they say nothing."""
+    from stillhouse.data.splitting import keep_per_class, withhold_labels
+
+    rules = ("label_fraction", "labels_per_class")
+    fraction, each = (getattr(options, rule, None) for rule in rules)
+    if fraction is not None:
+        return withhold_labels(splits, fraction, seed=seed, name=name)
+    if each is not None:
+        return keep_per_class(splits, each, seed=seed, name=name)
     return splits
 
 

@@ -246,6 +246,7 @@ def loop(
     *,
     figures: Callable[[], Mapping[str, float]] | None = None,
     before_save: Callable[[], None] | None = None,
+    ended: Callable[[], bool] | None = None,
 ) -> None:
     """Run `body(state, clock)` for steps [0, total), from the last checkpoint on.
 
@@ -258,6 +259,7 @@ def loop(
         clock: moved by the loop; its epoch fields are the body's to keep.
         figures: for the progress display, asked for only when it is shown.
         before_save: called before each checkpoint, such as a pending finite check.
+        ended: asked after each step whether the rest is left out; a function of the state.
     """
     saved = stage.restore()
     start = 0
@@ -273,6 +275,8 @@ def loop(
     for step in range(start, total):
         clock.step = step
         body(state, clock)
+        if ended is not None and ended():
+            break
         now = time.monotonic()
         if progress is not None and progress.due(now):
             progress.update(step + 1, total, figures() if figures else {}, now)

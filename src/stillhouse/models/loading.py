@@ -30,7 +30,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from stillhouse.artifact import read_description, restore_weights
+from stillhouse.artifact import altered, read_description, restore_weights
 from stillhouse.data.roots import cache_root, given_roots
 from stillhouse.errors import MissingExtra, ModelError, StillhouseError, nearest
 
@@ -52,6 +52,8 @@ HF_TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+# Not a class of transformers: an image and a text tower, and prompts of the class names.
+ZERO_SHOT = "zero-shot-image-classification"
 _OFF = "downloads are switched off (STILLHOUSE_OFFLINE or HF_HUB_OFFLINE)"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
@@ -72,7 +74,9 @@ def load_model(
         options: of the model's constructor. `input_mean` and `input_std` (a number per
             channel) are kept as attributes of the module, which tasks use to normalise
             images; `trust_remote_code: true` lets a Hugging Face model run its own code; and
-            for `hf:`, `task` is one of `HF_TASKS`.
+            for `hf:`, `task` is one of `HF_TASKS`, or "zero-shot-image-classification", which
+            makes a classifier of a CLIP model and prompts of the data's class names
+            (`models/clip_classifier.py` has its options, such as `templates`).
         weights: None for a fresh start; "pretrained" for those the library publishes under
             the id (torchvision: also their own name, IMAGENET1K_V1); "data:PATH" for a file
             below a data root; else a .safetensors or .pth file, or a folder that holds one.
@@ -249,6 +253,8 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     if classes is not None:
         count = classes if isinstance(classes, int) else len(classes)
         facts.update(classes=count, num_classes=count)
+        if not isinstance(classes, int):
+            facts["class_names"] = [str(name) for name in classes]
         if isinstance(shape, (list, tuple)):
             facts["inputs"] = math.prod(shape)
             if len(shape) == 3:
@@ -377,6 +383,8 @@ def _hugging_face(
 ) -> nn.Module:
     transformers = _library("transformers", "language")
     model = f"hf:{name}"
+    if options.get("task") == ZERO_SHOT:
+        return _zero_shot(name, options, weights, about)
     trust = options.pop("trust_remote_code", False) is True
     auto = getattr(transformers, HF_TASKS[_hf_task(options, about)])
     head = auto is not transformers.AutoModel
@@ -399,6 +407,22 @@ def _hugging_face(
         seen = _json(place / "preprocessor_config.json")
         _take_normalisation(module, seen.get("image_mean"), seen.get("image_std"))
     return module
+
+
+def _zero_shot(
+    name: str, options: dict[str, Any], weights: Any, about: Mapping[str, Any]
+) -> nn.Module:
+    """A CLIP-like model with prompts of the data's class names as its classifier."""
+    from stillhouse.models.clip_classifier import CLIPClassifier
+
+    given = {key: value for key, value in options.items() if key != "task"}
+    if weights not in (None, PRETRAINED):
+        raise ModelError(
+            f"hf:{name}: task {ZERO_SHOT} takes weights: pretrained, or none for a fresh start; "
+            "for other weights give their folder as the model"
+        )
+    given = {"clip": name, "pretrained": weights == PRETRAINED, **given}
+    return _call(CLIPClassifier, f"hf:{name}", given, about, everything=True)
 
 
 def _labels(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -437,7 +461,8 @@ def _hf_task(options: dict[str, Any], about: Mapping[str, Any]) -> str:
         classifier = "image-classification" if image else "sequence-classification"
         task = classifier if "classes" in about else "encoder"
     if task not in HF_TASKS:
-        raise ModelError(f"hf: models have no task '{task}'{nearest(str(task), HF_TASKS)}")
+        known = [*HF_TASKS, ZERO_SHOT]
+        raise ModelError(f"hf: models have no task '{task}'{nearest(str(task), known)}")
     return str(task)
 
 
@@ -532,6 +557,7 @@ def _artifact(
     module = load_model(
         made["id"], options={**made.get("options", {}), **options}, about=known or about
     )
+    module = altered(module, made)
     restore_weights(module, path)
     net = description.get("net") or {}
     _take_normalisation(module, net.get("mean"), net.get("std"))

@@ -17,6 +17,7 @@ from stillhouse.errors import DataError, MissingExtra, ModelError, RecipeError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.calibration import Calibration
 from stillhouse.metrics.classification import Accuracy, Confusion
+from stillhouse.metrics.unseen import Unseen
 from stillhouse.net import Net, Output
 from stillhouse.task import Metric, Task
 
@@ -53,13 +54,16 @@ class Classification(Task):
         return {"task": F.cross_entropy(wide(out["logits"]), batch["target"])}
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Accuracy, the confusion matrix' macro F1, calibration."""
-        classes = self.classes
-        return {
+        """Accuracy, the confusion matrix' macro F1, calibration; what students never saw."""
+        classes, unseen = self.classes, self.about.get("unseen")
+        found: dict[str, Metric] = {
             "accuracy": Accuracy((1, 5) if len(classes) > 10 else (1,)),
             "confusion": Confusion(len(classes), classes),
             "calibration": Calibration(),
         }
+        if unseen:
+            found["unseen"] = Unseen(unseen)
+        return found
 
     def check(self, student: Net | None, teacher: Net | None) -> None:
         """Refuse data without classes, and models whose number of outputs is another."""
