@@ -44,6 +44,7 @@ from stillhouse.method import Method, StudentTraining
 from stillhouse.models.loading import load_model
 from stillhouse.net import Net
 from stillhouse.recipe import (
+    GIVEN,
     ModelSpec,
     Recipe,
     TeacherSpec,
@@ -57,8 +58,6 @@ from stillhouse.tasks import open_task
 from stillhouse.teacher import Teacher
 from stillhouse.teachers.live import Live
 from stillhouse.writing import full_disk_told
-
-GIVEN = "given"
 
 
 @dataclass
@@ -1075,6 +1074,7 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
             "rows": {split: splits.peek(split) for split in splits},
             **{k: v for k, v in _plain_about(splits.about).items() if k in {"input", "hash"}},
         },
+        "teacher": _teacher_in_words(recipe, given),
         "stages": _planned_stages(recipe, method),
         "settings": method.config.model_dump(),
         "folder": str(default_folder(recipe)),
@@ -1100,6 +1100,31 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
         epoch = len(order)
         found["steps"] = budget.steps or (budget.epochs or 1) * epoch
     return {**found, **method.forecast(job)}
+
+
+def _teacher_in_words(recipe: Recipe, given: Given) -> str:
+    """Where the knowledge comes from, for the plan."""
+    spec = recipe.teacher
+    if given.teacher is not None:
+        return "handed in"
+    if spec is None:
+        return "none"
+    if spec.source == "store":
+        assert spec.store is not None
+        return f"the store {spec.store.path}"
+    if spec.endpoint is not None:
+        serve = spec.endpoint.serve
+        told = spec.endpoint.base_url or "a server that the run starts"
+        if serve is not None:
+            told += f" ({serve.rule or serve.replay or serve.model or serve.encoder})"
+    elif spec.recipe is not None:
+        told = f"{spec.recipe.method} on the same data"
+    else:
+        told = str(getattr(spec, spec.source))
+        told += f", weights {spec.weights}" if spec.weights else ""
+    store = spec.store
+    kept = f", its outputs stored ({store.form}, {store.dtype})" if store is not None else ""
+    return f"{spec.source} {told}{kept}"
 
 
 def _planned_stages(recipe: Recipe, method: Method) -> list[dict[str, str]]:

@@ -492,3 +492,31 @@ def test_a_damaged_summary(call, small) -> None:
     assert "run.json is damaged" in done.err
     assert call("run", "r/recipe.yaml", "--folder", "r").code == 0
     assert call("report", "r", "--json").code == 0
+
+
+# ---- the plan --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told", "stages"),
+    [
+        ("{train: {steps: 2}}", "model stillhouse:mlp", ["teacher", "student"]),
+        ("{store: {dtype: float32}}", "its outputs stored (dense, float32)",
+         ["capture", "student"]),
+        ("{recipe: {method: supervised, student: {model: 'stillhouse:mlp'}}, model: null, "
+         "options: {}}", "recipe supervised on the same data", ["teacher/student", "student"]),
+    ],
+)  # fmt: skip
+def test_a_dry_run_resolves_the_teacher(call, small, teacher, told, stages) -> None:
+    given = yaml.safe_load(small.read_text())
+    given["teacher"] = {**given["teacher"], **yaml.safe_load(teacher)}
+    small.write_text(yaml.safe_dump(given))
+    done = call("run", str(small), "--dry-run", "--json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)["plan"]
+    assert told in plan["teacher"]
+    assert [stage["name"] for stage in plan["stages"]] == stages
+    ran = call("run", str(small), "--folder", "r", "--json")
+    assert ran.code == 0, ran.err
+    run = [s["name"] for s in json.loads(ran.out)["stages"] if s["kind"] != "judge"]
+    assert run == stages

@@ -29,7 +29,7 @@ TRAINING: dict[str, Any] = {
     "teacher": {
         "model": "stillhouse:small_cnn",
         "options": {"widths": [16, 32]},
-        "train": {"epochs": 30, "batch": 32, "lr": 0.003},
+        "train": {"epochs": 8, "batch": 32, "lr": 0.003},
     },
     "student": {"model": "stillhouse:small_cnn", "options": {"widths": [8, 16]}},
     "budget": {"epochs": 250, "batch": 32, "lr": 0.01, "select": "best"},
