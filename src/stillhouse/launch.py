@@ -961,7 +961,7 @@ def _profile(recipe: Recipe, job: Job, artifact: Artifact) -> list[dict[str, Any
             store_saving=_store_saving(recipe, job, share) if share else None,
             workers=recipe.hardware.workers,
             device=job.device.type,
-            **_probes(recipe, job, artifact, loop),
+            **_probes(recipe, job, _trained_net(stage["name"], job, artifact), loop),
             labelling=_labelling_probe(recipe, job) if share or kept else None,
         )
         found.append({"stage": stage["name"], **figures, "advice": told})
@@ -971,11 +971,16 @@ def _profile(recipe: Recipe, job: Job, artifact: Artifact) -> list[dict[str, Any
 LONG_TRAINING = 300.0
 
 
-def _probes(recipe: Recipe, job: Job, artifact: Artifact, seconds: float) -> dict[str, Any]:
-    """What short probes say of the finished student: layout, and compilation of long trainings."""
+def _trained_net(stage: str, job: Job, artifact: Artifact) -> Any:
+    """The net that a training moved: the teacher's where it was trained in this run."""
+    teacher = getattr(job.models, "teacher_net", None)
+    return teacher if stage == "teacher" and teacher is not None else artifact.module
+
+
+def _probes(recipe: Recipe, job: Job, net: Any, seconds: float) -> dict[str, Any]:
+    """What short probes say of a finished net: layout, and compilation of long trainings."""
     from stillhouse.engine import probe
 
-    net = artifact.module
     if not isinstance(net, Net) or "train" not in job.splits:
         return {}
     rows = torch.arange(min(recipe.budget.batch, len(job.splits["train"])))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stillhouse.batch import Shuffled, Splits, TensorSource
+from stillhouse.batch import Shuffled, Splits, Subset, TensorSource
 from stillhouse.clock import Views
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.job import Above, Best, Each, Family, Job
@@ -364,6 +364,64 @@ def test_refused_step_changes_nothing(tmp_path):
     before = {k: v.clone() for k, v in objective.state_dict().items()}
     job.fit("student", objective, job.order("train"))
     assert all(torch.equal(before[k], v) for k, v in objective.state_dict().items())
+
+
+def test_what_prepare_proposes_is_kept_after_steps_that_proposed_nothing(tmp_path):
+    class Late(Fit):
+        def prepare(self, batch, clock):
+            if clock.step >= 2:
+                self.propose(seen=torch.tensor(float(clock.step)))
+            return batch
+
+        def forward(self, batch, knowledge, clock):
+            y = self.student(batch.view("x"))["y"]
+            return {"task": F.mse_loss(y, batch["target"])}
+
+        def after_backward(self, terms, clock):
+            return clock.step < 2
+
+    job = make_job(tmp_path, steps=3, epochs=None)
+    objective = Late(job.task.net(job.build(lambda: nn.Linear(6, 2), "student")))
+    job.fit("student", objective, job.order("train"))
+    assert objective.seen == 2.0  # the step was refused, what prepare proposed was not
+
+
+def test_small_steps_are_read_together_and_change_nothing(tmp_path):
+    class Singly(TensorSource):
+        reads = 0
+
+        def read(self, rows, views):
+            Singly.reads += 1
+            return super().read(rows, views)
+
+    def run(folder, source):
+        job = make_job(folder)
+        objective = Fit(student(job, 0.2), 0.1)
+        job.fit("student", objective, Shuffled(source, 20))
+        return objective.state_dict()
+
+    toy = data()
+    singly = Singly(toy.views, name="toy")
+    assert (Shuffled(toy, 20).together, Shuffled(singly, 20).together) == (409, 1)
+    one, other = run(tmp_path / "a", toy), run(tmp_path / "b", singly)
+    assert Singly.reads == 15  # three epochs of five steps, the last of 16 rows
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_only_readings_row_by_row_are_made_together():
+    toy = data()
+    assert Shuffled(Subset(toy, torch.arange(50)), 16).together > 1
+    augmented = TensorSource(toy.views, augment=lambda batch, views: batch)
+    assert Shuffled(augmented, 16).together == 1
+    images = TensorSource({"x": torch.zeros(4, 3, 32, 32, dtype=torch.uint8)})
+    assert images.row_bytes == 4 * 3 * 32 * 32
+    assert Shuffled(images, 4).together == 5
+    order = Shuffled(TensorSource({"x": torch.arange(9), "name": [str(i) for i in range(9)]}), 4)
+    steps = order.epoch(0, lambda: torch.Generator().manual_seed(0))
+    for rows, batch in zip(steps, order.read_together(steps, Views(0)), strict=True):
+        alone = order.read(rows, Views(0))
+        assert torch.equal(batch["x"], alone["x"])
+        assert (batch["name"], batch["draw"]) == (alone["name"], alone["draw"])
 
 
 def test_a_term_over_nothing_is_dropped(tmp_path):
