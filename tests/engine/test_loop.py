@@ -509,6 +509,24 @@ def test_it_ends_where_the_figure_sinks_and_keeps_the_state_before(tmp_path):
     assert "beyond the floor" in log
 
 
+def test_a_dip_is_passed_over_unless_the_training_ends_in_it(tmp_path):
+    keep = Above(1.0, "error", patience=2)
+    told = [0.5, 1.5, 0.6, 1.5, 1.6, 0.1]
+    _, done = train(
+        make_job(tmp_path / "two"), keep=keep, validate=scores(told), validate_every=3, steps=18
+    )
+    assert (done.steps, done.best_step) == (15, 9)
+    _, short = train(
+        make_job(tmp_path / "end"), keep=keep, validate=scores(told), validate_every=3, steps=12
+    )
+    assert (short.steps, short.best_step) == (12, 9)
+    assert "step 12 is beyond the floor" in short.stopped
+    _, over = train(
+        make_job(tmp_path / "over"), keep=keep, validate=scores(told), validate_every=3, steps=9
+    )
+    assert (over.steps, over.best_step, over.stopped) == (9, 9, "")
+
+
 def test_where_it_never_sinks_it_is_as_without(tmp_path):
     plain, _ = train(make_job(tmp_path / "plain"))
     floor, done = train(make_job(tmp_path / "floor"), keep=Above(1e9))

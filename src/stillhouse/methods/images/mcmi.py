@@ -361,9 +361,16 @@ class MCMI(Method):
             0.1,
             gt=0,
             lt=1,
-            description="how far validation accuracy may fall below that before tuning; below it "
-            "the tuning ends and goes back to its last state above it. None: no floor",
+            description="how far validation accuracy may fall below that before tuning; where it "
+            "stays below, the tuning ends and goes back to its last state above. None: no floor",
             json_schema_extra={"source": "chosen here: 10 points"},
+        )
+        patience: int = Field(
+            3,
+            ge=1,
+            description="epochs in a row below the floor that end the tuning: at the published "
+            "learning rate the first ones dip, with any weight",
+            json_schema_extra={"source": "chosen here"},
         )
         centroid_mode: Literal["train", "eval"] = Field(
             "train",
@@ -730,7 +737,7 @@ class MCMI(Method):
         keep: Last | Best | Above = Best("accuracy") if config.keep == "best" else Last()
         if config.keep == "last" and config.floor is not None:
             before = job.evaluate(net, "val")["accuracy"]
-            keep = Above(before - config.floor, "accuracy")
+            keep = Above(before - config.floor, "accuracy", patience=config.patience)
         share = self._share(
             job,
             net,
@@ -856,6 +863,8 @@ class MCMI(Method):
         figures = dict(job.task.judge(job, artifact.module, "test"))
         told = artifact.meta["mcmi"]["figures"]
         figures.update({k: v for k, v in told.items() if k in _TOLD})
+        if "weight" in artifact.meta["mcmi"]:
+            figures["tuning_stopped"] = float("stopped" in artifact.meta["mcmi"])
         taught = artifact.attachments.get("teacher")
         if taught is None:
             return figures
