@@ -19,13 +19,14 @@ from stillhouse.clock import Clock
 from stillhouse.data.splitting import Unlabelled
 from stillhouse.errors import ModelError, RecipeError, TeacherError
 from stillhouse.exporting import export_artifact
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.methods.images.dho import DHO, DHOObjective, TwoHeadClassifier
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.parts.mixing import mix_probabilities
 from stillhouse.parts.two_heads import TwoHeads
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.function import Callable

@@ -14,7 +14,7 @@ from stillhouse.baselines.kd import KD, KDObjective
 from stillhouse.batch import Batch, Splits, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.errors import ModelError, RecipeError, TeacherError
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.losses.mutual_information import cmi
 from stillhouse.methods.images.mcmi import (
     MCMI,
@@ -27,6 +27,7 @@ from stillhouse.metrics.mutual_information import CMI
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.live import Live
