@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from stillhouse import catalogue
 from stillhouse.bench import results as recorded
 from stillhouse.bench.results import Results, file_hash, judged, kept_from, stamp_of
-from stillhouse.bench.statistics import (
+from stillhouse.engine.checkpoint import write_atomic
+from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
+from stillhouse.method import Claim, Method
+from stillhouse.metrics.statistics import (
     FAST_SECONDS,
     LEAST_SEEDS,
     LEAST_SEEDS_WHEN_FAST,
     required_seeds,
 )
-from stillhouse.engine.checkpoint import write_atomic
-from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
-from stillhouse.method import Claim, Method
 from stillhouse.recipe import Recipe, load_recipe, recipe_ids
 
 SCORE = "score.json"
