@@ -33,7 +33,7 @@ class Tiny(torch.nn.Module):
 
     def forward(self, texts):
         """The same vector for every text."""
-        return self.vector.expand(len(texts), -1)
+        return torch.ones(len(texts), 1) * self.vector
 
 
 def captured(name: str, source) -> float:
