@@ -33,7 +33,7 @@ def by_rows(items: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     lead = first.shape[:-1]
     limit = _CPU if first.device.type == "cpu" else _ELSEWHERE
     size = max(1, limit // max(1, first.shape[-1]))
-    if math.prod(lead) <= size or not _eager():
+    if math.prod(lead) <= size or not eager():
         return items(*rows)
     flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in rows]
     if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
@@ -49,7 +49,7 @@ def graph_is_kept() -> bool:
     return True if ask is None else bool(ask())
 
 
-def _eager() -> bool:
+def eager() -> bool:
     """Neither compiled nor under a transform of functions, which want to see the whole."""
     if torch.compiler.is_compiling():
         return False
