@@ -31,7 +31,7 @@ def by_rows(items: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """
     lead = rows[0].shape[:-1]
     size = block_of(rows[0])
-    if math.prod(lead) <= size or not _eager():
+    if math.prod(lead) <= size or not eager():
         return items(*rows)
     flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in rows]
     if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
@@ -53,7 +53,7 @@ def graph_is_kept() -> bool:
     return True if ask is None else bool(ask())
 
 
-def _eager() -> bool:
+def eager() -> bool:
     """Neither compiled nor under a transform of functions, which want to see the whole."""
     if torch.compiler.is_compiling():
         return False

@@ -60,7 +60,7 @@ class Patience:
     """
 
     attempts: int = 12
-    quick: float = 0.05
+    quick: float = 0.02
     first: float = 0.5
     longest: float = 60.0
     unreachable: int = 4
