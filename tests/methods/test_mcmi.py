@@ -426,11 +426,17 @@ def test_the_teacher_before_tuning_makes_the_student_of_kd(tmp_path):
 
 def test_a_store_keeps_what_the_tuned_teacher_says(tmp_path):
     kept = {**TEACHER, "store": {"dtype": "float32"}}
-    live, _ = trained(recipe(settings=EASY), tmp_path / "live")
-    stored, job = trained(recipe(teacher=kept, settings=EASY), tmp_path / "stored")
-    assert "capture" in stages(job)
-    one, other = plain_state(live.module), plain_state(stored.module)
-    assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-5
+    settings = {**EASY, "students": {"few": {"few_shot": 4}}}
+    live, _ = trained(recipe(settings=settings), tmp_path / "live")
+    stored, job = trained(recipe(teacher=kept, settings=settings), tmp_path / "stored")
+    assert {"capture", "students/few/capture"} <= set(stages(job))
+    pairs = [
+        (a.module, b.module)
+        for a, b in ((live, stored), (live.attachments["few"], stored.attachments["few"]))
+    ]
+    for pair in pairs:
+        one, other = (plain_state(module) for module in pair)
+        assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-5
 
 
 def test_what_is_handed_in_stays_as_it_is(tmp_path):

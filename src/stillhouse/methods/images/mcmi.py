@@ -280,6 +280,7 @@ class MCMI(Method):
             ("smoothed-teacher?", "train"),
             ("meter", "closed"),
             ("temperature?", "train"),
+            ("capture?", "capture"),
             ("student?", "train"),
             ("students?", "train"),
         ),
@@ -541,7 +542,7 @@ class MCMI(Method):
         artifact: Artifact = job.model_artifact(student)
         artifact.attachments["teacher"] = taught
         for name, seen in self.config.students.items():
-            further = self._further(job, name, seen, teacher, told["temperature"])
+            further = self._further(job, name, seen, net, told["temperature"])
             artifact.attachments[name] = job.model_artifact(further)
         artifact.meta["mcmi"] = told
         return artifact
@@ -839,13 +840,12 @@ class MCMI(Method):
         job.fit("student", objective, job.order("train"), teacher=teacher)
         return objective.export()
 
-    def _further(
-        self, job: Job, name: str, seen: Seen, teacher: Teacher, temperature: float
-    ) -> nn.Module:
+    def _further(self, job: Job, name: str, seen: Seen, net: Net, temperature: float) -> nn.Module:
         """A further student, on the part of the data that it is to see."""
         child = job.child("students", name)
         child.task = type(job.task)(self._seen_splits(job, name, seen))
-        return self._student(child, teacher, temperature)
+        # Asked anew, for where its answers are stored, these are those on other rows.
+        return self._student(child, child.teaching(net), temperature)
 
     def _seen_splits(self, job: Job, name: str, seen: Seen) -> Splits:
         return narrowed(
