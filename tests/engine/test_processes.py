@@ -40,3 +40,11 @@ def test_two_processes_equal_one(trained, kind):
     two = load_file(trained / "two" / kind / "end.safetensors")
     for key in one:
         assert torch.allclose(one[key], two[key], atol=1e-5), key
+
+
+def test_in_double_precision_their_gradients_are_summed_in_it(trained):
+    one = load_file(trained / "one" / "flat-float64" / "end.safetensors")
+    two = load_file(trained / "two" / "flat-float64" / "end.safetensors")
+    assert one["module.0.weight"].dtype == torch.float64
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=0, atol=1e-13), key

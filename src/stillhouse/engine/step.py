@@ -7,6 +7,7 @@ process is the reference that several must reproduce.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -394,8 +395,12 @@ class Training:
             shares = {name: float(count > 0) for name, count in counts[0].items()}
             return [shares] if any(shares.values()) else None
         names = sorted({name for count in counts for name in count})
-        own = torch.tensor([[count.get(n, 0.0) for n in names] for count in counts])
-        whole = self.hardware.total(own.sum(0).to(self.hardware.device)).cpu()
+        # Counts in float64: above 2^24 float32 would round them, and with them every share.
+        rows = [[float(count.get(n, 0.0)) for n in names] for count in counts]
+        own = torch.tensor(rows, dtype=torch.float64)
+        whole = own.sum(0)
+        if self.hardware.world > 1:
+            whole = self.hardware.total(whole.to(self.hardware.device)).cpu()
         if not bool((whole > 0).any()):
             return None
         return [
@@ -584,8 +589,9 @@ class Training:
             return list(values)
         device = self.hardware.device
         names = self._all_names(terms)
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
         flat = [
-            (torch.zeros_like(p) if g is None else g).reshape(-1).float()
+            (torch.zeros_like(p) if g is None else g).reshape(-1).to(dtype)
             for g, p in zip(values, params, strict=True)
         ]
         flags = torch.tensor([0.0 if g is None else 1.0 for g in values], device=device)
@@ -630,9 +636,12 @@ class Training:
                 group.optimizer.step()
             else:
                 self._scaler.step(group.optimizer)
-        if self._scaler is not None:
-            self._scaler.update()
-        return True
+        if self._scaler is None:
+            return True
+        before = self._scaler.get_scale()
+        self._scaler.update()
+        # It lowers the scale where a gradient had overflowed, and has left out the step then.
+        return self._scaler.get_scale() >= before
 
     # ---- guards and figures --------------------------------------------------------------
 
