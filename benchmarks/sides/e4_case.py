@@ -43,13 +43,13 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 class Epochs:
-    """Seconds of epochs, from calls at the beginning of every step."""
+    """Processor seconds of epochs, from calls at the beginning of every step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def __call__(self) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
 
     def seconds(self, epochs: int) -> list[float]:
         """Of each of the last so many epochs but the last, whose end has no stamp."""
