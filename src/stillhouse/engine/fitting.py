@@ -35,7 +35,9 @@ def optimizer_of(budget: Any) -> Factory:
     """
 
     def make(params: Iterable[nn.Parameter]) -> Optimizer:
-        lr, decay = budget.lr, budget.weight_decay
+        params, lr, decay = list(params), budget.lr, budget.weight_decay
+        # Nothing else is passed where one kernel does not pay, so that small models keep every bit.
+        one = {"fused": True} if _worth_fusing(params) else {}
         if budget.optimizer == "sgd":
             return SGD(
                 params,
@@ -45,15 +47,27 @@ def optimizer_of(budget: Any) -> Factory:
                 weight_decay=decay,
             )
         if budget.optimizer == "adam":
-            return Adam(params, lr=lr, betas=(budget.momentum, 0.999), weight_decay=decay)
+            return Adam(params, lr=lr, betas=(budget.momentum, 0.999), weight_decay=decay, **one)
         if budget.optimizer == "adamw":
-            return AdamW(params, lr=lr, betas=(budget.momentum, 0.999), weight_decay=decay)
+            return AdamW(params, lr=lr, betas=(budget.momentum, 0.999), weight_decay=decay, **one)
         known = ("sgd", "adam", "adamw")
         raise RecipeError(
             f"unknown optimizer '{budget.optimizer}'{nearest(budget.optimizer, known)}"
         )
 
     return make
+
+
+_FUSED_FROM = 1 << 20  # numbers: below, Adam's dozen passes stay in the cache
+
+
+def _worth_fusing(params: list[nn.Parameter]) -> bool:
+    """Plain float32 parameters on the CPU, more than its caches hold: one pass, not a dozen."""
+    plain = all(
+        p.device.type == "cpu" and p.dtype == torch.float32 and type(p.data) is torch.Tensor
+        for p in params
+    )
+    return plain and sum(p.numel() for p in params) >= _FUSED_FROM
 
 
 def schedule_of(budget: Any) -> Schedule:

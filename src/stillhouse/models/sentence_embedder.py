@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from stillhouse.errors import MissingExtra, ModelError
 from stillhouse.models.loading import find_folder, load_model
 
-# On the CPU texts of like length are encoded together: padding is computed there like text.
+# On the CPU texts of like length are encoded together, since padding is computed there like text;
+# not while training, where each block would make a gradient of the whole table of words.
 _BLOCK = 16
 _REMEMBERED = 200_000
 
@@ -91,7 +92,7 @@ class SentenceEmbedder(nn.Module):
         """
         pieces = self._pieces(texts)
         device = next(self.encoder.parameters()).device
-        if device.type != "cpu" or len(pieces) <= _BLOCK:
+        if device.type != "cpu" or len(pieces) <= _BLOCK or torch.is_grad_enabled():
             return self._vectors(pieces, device)
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
         blocks = [order[start : start + _BLOCK] for start in range(0, len(order), _BLOCK)]
