@@ -39,7 +39,7 @@ def by_rows(items: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
         found: Tensor = _Blocks.apply(items, size, *flat)
         return found.reshape(lead)
-    parts = zip(*(x.split(size) for x in flat), strict=True)
+    parts = zip(*(torch.split(x, size) for x in flat), strict=True)
     return torch.cat([items(*part) for part in parts]).reshape(lead)
 
 
