@@ -15,9 +15,10 @@ from stillhouse.batch import Batch, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.engine.store import Store
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.launch import open_method, run
+from stillhouse.launch import run
 from stillhouse.net import Net
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge
 
 

@@ -374,13 +374,19 @@ def fill_in_a_fork(path: Path) -> int:
     child = os.fork()
     if child:
         return child
-    torch.set_num_threads(1)
-    with made(path, (WIDE,), 20_000) as store:
-        for rows in store.missing().ids.split(64):
-            store.write(rows, {"logits": wave(rows)})
-            if int(rows[0]) % 1024 < 64:
-                store.flush()
-    os._exit(0)
+    failed = 1
+    try:
+        torch.set_num_threads(1)
+        with made(path, (WIDE,), 20_000) as store:
+            missing = store.missing().ids
+            for start in range(0, len(missing), 64):
+                rows = missing[start : start + 64]
+                store.write(rows, {"logits": wave(rows)})
+                if int(rows[0]) % 1024 < 64:
+                    store.flush()
+        failed = 0
+    finally:
+        os._exit(failed)  # whatever happens, the child does not go on as a second test run
 
 
 def test_killed_at_any_moment_nothing_finished_is_lost_or_wrong(tmp_path: Path):

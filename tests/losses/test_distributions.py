@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -7,6 +9,8 @@ from torch.nn import functional as F
 
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.losses.distributions import (
+    cf_distance,
+    characteristic,
     class_means,
     dm,
     gradient_cosine,
@@ -224,3 +228,103 @@ def test_trajectory_distance_properties():
         trajectory_distance(torch.ones(2), torch.ones(3), torch.ones(3))
     with pytest.raises(ModelError, match="2, 1 and 1"):
         trajectory_distance([torch.ones(2)] * 2, [torch.ones(2)], [torch.ones(2)])
+
+
+# ------------------------------------------------------------- characteristic functions
+CF = ["cf_0", "cf_1", "cf_2"]
+WEIGHTS = {"cf_0": (0.5, 0.5), "cf_1": (0.001, 0.999), "cf_2": (1.0, 1.0)}
+
+
+def _cf(case, weights=(0.5, 0.5)):
+    t = {k: torch.from_numpy(v).double() for k, v in case.items()}
+    syn = t["syn"].requires_grad_()
+    found = cf_distance(syn, t["real"], t["t"], amplitude=weights[0], phase=weights[1])
+    found.backward()
+    return t, syn, found.detach()
+
+
+@pytest.mark.parametrize("name", CF)
+def test_cf_distance_is_the_released_one(golden, name):
+    t, syn, found = _cf(golden("ncfm").case(name), WEIGHTS[name])
+    torch.testing.assert_close(found, t["loss"], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(syn.grad, t["grad_syn"], rtol=1e-9, atol=1e-10)
+    for side in ("real", "syn"):
+        parts = torch.stack(characteristic(t[side].detach(), t["t"]))
+        torch.testing.assert_close(parts, t[f"phi_{side}"], rtol=1e-10, atol=1e-10)
+    single = cf_distance(
+        t["syn"].detach().float(), t["real"].float(), t["t"].float(),
+        amplitude=WEIGHTS[name][0], phase=WEIGHTS[name][1],
+    )  # fmt: skip
+    torch.testing.assert_close(single.double(), t["loss"], rtol=1e-5, atol=0)
+
+
+def test_cf_distance_of_long_features_is_the_released_one(golden):
+    t, syn, found = _cf(golden("ncfm").case("cf_unnormalised"))
+    torch.testing.assert_close(found, t["loss"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(syn.grad, t["grad_syn"], rtol=1e-9, atol=1e-9)
+
+
+def test_cf_distance_of_identical_features_is_the_floor(golden):
+    case = {k: torch.from_numpy(v).double() for k, v in golden("ncfm").case("cf_identical").items()}
+    syn = case["feats"].clone().requires_grad_()
+    found = cf_distance(syn, case["feats"], case["t"])
+    found.backward()
+    torch.testing.assert_close(300 * found.detach(), case["loss300"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(syn.grad, case["grad"], rtol=0, atol=1e-6)
+
+
+def test_with_both_weights_one_it_is_the_distance_of_complex_numbers():
+    rng = torch.Generator().manual_seed(0)
+    ours, theirs, t = (torch.randn(n, 6, generator=rng).double() for n in (5, 9, 40))
+    phi = [torch.exp(1j * (x @ t.T)).mean(0) for x in (ours, theirs)]
+    found = cf_distance(ours, theirs, t, amplitude=1.0, phase=1.0)
+    torch.testing.assert_close(found, (phi[0] - phi[1]).abs().mean())
+
+
+def test_cf_distance_in_one_dimension():
+    def distance(syn, real, t, **weights):
+        columns = (torch.tensor(x, dtype=torch.float64)[:, None] for x in (syn, real, t))
+        return cf_distance(*columns, **weights).item()
+
+    half = math.pi / 2
+    assert distance([half], [0.0], [1.0]) == pytest.approx(1.0)
+    assert distance([half], [0.0, math.pi], [1.0]) == pytest.approx(0.7071068)
+    both = ([0.5, 2.0], [0.0, 1.0], [1.0, 2.0])
+    assert distance(*both) == pytest.approx(0.404745, abs=1e-6)
+    assert distance(*both, amplitude=1.0, phase=1.0) == pytest.approx(0.572396, abs=1e-6)
+
+
+def test_cf_distance_is_symmetric_and_sees_only_the_distribution():
+    rng = torch.Generator().manual_seed(1)
+    ours, theirs, t = (torch.randn(n, 4, generator=rng).double() for n in (5, 7, 30))
+    found = cf_distance(ours, theirs, t)
+    torch.testing.assert_close(cf_distance(theirs, ours, t), found)
+    torch.testing.assert_close(cf_distance(ours.flip(0), theirs.roll(2, 0), t), found)
+    torch.testing.assert_close(cf_distance(ours.repeat(3, 1), theirs, t), found)
+    assert cf_distance(ours, theirs, t, reduction="none").shape == (30,)
+
+
+def test_cf_distance_gives_no_gradient_to_real_features_and_a_finite_one_everywhere():
+    ours, theirs = (torch.zeros(2, 1).double().requires_grad_() for _ in range(2))
+    t = torch.tensor([[0.0], [1.0]]).double().requires_grad_()
+    with torch.no_grad():
+        ours += torch.tensor([[0.0], [math.pi]])  # |Phi(1)| is 0 there
+    cf_distance(ours, theirs, t).backward()
+    assert theirs.grad is None
+    assert torch.isfinite(ours.grad).all()
+    assert torch.isfinite(t.grad).all()
+    ours.grad = None
+    cf_distance(ours, theirs, t, amplitude=1.0, phase=0.0).backward()
+    assert torch.isfinite(ours.grad).all()
+
+
+def test_cf_distance_tells_what_does_not_fit():
+    good = torch.zeros(2, 3)
+    with pytest.raises(ModelError, match="features"):
+        cf_distance(good, good, torch.zeros(5, 4))
+    with pytest.raises(ModelError, match="one row"):
+        cf_distance(good[:0], good, torch.zeros(5, 3))
+    with pytest.raises(RecipeError, match="weights"):
+        cf_distance(good, good, torch.zeros(5, 3), amplitude=-1.0)
+    with pytest.raises(RecipeError, match="reduction"):
+        cf_distance(good, good, torch.zeros(5, 3), reduction="sum")

@@ -134,3 +134,34 @@ def test_disk_and_memory(tmp_path):
         cost.bytes_on_disk(tmp_path / "gone")
     peak = cost.peak_memory_mb("cpu")
     assert peak is None or peak > 10
+
+
+def test_live_tensors_are_counted_while_they_live():
+    x = torch.randn(1000, 256, requires_grad=True)
+    block = x.numel() * 4
+    with cost.LiveTensors() as live:
+        y = x * 2
+        z = y.sin()  # keeps y for its backward
+        assert live.now == 2 * block
+        y.view(-1).add_(0.0)  # a view and a change in place live where y does
+        assert live.now == 2 * block
+        del y, z
+        assert live.now == 0
+        kept = (x * 2).exp()
+    assert live.peak == 2 * block
+    assert live.now == block
+    del kept
+    assert live.now == 0
+
+
+def test_live_tensors_see_the_backward():
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    peaks = []
+    for rows in (100, 200):
+        with cost.LiveTensors() as live:
+            net(torch.randn(rows, 64)).sum().backward()
+        peaks.append(live.peak)
+        net.zero_grad()
+    gradients = sum(p.numel() for p in net.parameters()) * 4
+    assert peaks[0] > gradients
+    assert peaks[1] - peaks[0] > 100 * 64 * 4 * 3

@@ -164,3 +164,79 @@ def test_pieces_of_a_batch_are_augmented_as_in_the_whole():
         assert torch.equal(dsa(x[3:7], 5, rows=slice(3, 7), of=10), whole[3:7])
         some = torch.tensor([8, 0])
         assert torch.equal(dsa(x[some], 5, rows=some, of=10), whole[some])
+
+
+LAYERED = {
+    "flip": (augment.flip, ["flipped"], {}),
+    "brightness": (augment.brightness, ["u"], {}),
+    "saturation": (augment.saturation, ["u"], {}),
+    "contrast": (augment.contrast, ["u"], {}),
+    "crop": (augment.crop, ["row_shift", "col_shift"], {}),
+    "cutout": (augment.cutout, ["row_offset", "col_offset"], {}),
+    "scale": (augment.scale, ["sx", "sy"], {}),
+    "rotate": (augment.rotate, ["angle_deg"], {}),
+    "translate": (augment.translate, ["col_shift"], {}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LAYERED))
+def test_operations_on_a_batch_reproduce_the_released_ones(golden, name):
+    vectors = golden("ncfm")
+    common = vectors.case("aug_flip_batch")  # its input is that of all
+    x = torch.from_numpy(common["x"])
+    case = {k: torch.from_numpy(v) for k, v in vectors.case(f"aug_{name}_batch").items()}
+    operation, parameters, settings = LAYERED[name]
+    whole = {"row_shift", "col_shift", "row_offset", "col_offset"}
+    given = [case[p].long() if p in whole else case[p] for p in parameters]
+    x = x.clone().requires_grad_()
+    y = operation(x, *(g.expand(len(x)) for g in given), **settings)
+    torch.testing.assert_close(y.detach(), case["y"], rtol=0, atol=2e-6)
+    if "grad_x" in case:
+        named = {**common, **vectors.case(f"aug_{name}_batch")}
+        weights = next(named[k] for k in ("cotangent", "c") if k in named)
+        (torch.from_numpy(weights) * y).sum().backward()
+        torch.testing.assert_close(x.grad, case["grad_x"], rtol=0, atol=2e-6)
+
+
+class Scripted:
+    """Draws from a list, each for the whole batch."""
+
+    def __init__(self, values) -> None:
+        self.values = list(values)
+
+    def family(self, count: int) -> int:
+        return int(self.values.pop(0))
+
+    def uniform(self, rows: int) -> torch.Tensor:
+        return torch.full((rows,), self.values.pop(0))
+
+    def integers(self, low: int, high: int, rows: int) -> torch.Tensor:
+        value = int(self.values.pop(0))
+        assert low <= value <= high
+        return torch.full((rows,), value)
+
+
+def test_the_layered_call_reproduces_the_released_pipeline(golden):
+    case = golden("ncfm").case("aug_pipeline")
+    dsa = DSA(FULL, siamese=True, mode="layered")
+    draws = Scripted(case["draws"].tolist())
+    y = dsa.apply(torch.from_numpy(case["x"]), draws)
+    assert not draws.values
+    np.testing.assert_allclose(y.numpy(), case["y"], rtol=0, atol=2e-6)
+
+
+def test_layered_applies_colour_and_cutout_always_and_one_of_the_rest():
+    x = torch.rand(2, 3, 16, 16) + 1.0
+    dsa = DSA("color_crop_cutout", siamese=True, mode="layered")
+    for seed in range(10):
+        y = dsa(x, seed)
+        assert (y == 0).any()
+        assert not torch.equal(y, x)
+        assert torch.equal(dsa(x[:1], seed), y[:1])
+    single = DSA("flip", siamese=True, mode="layered")
+    seen = {bool(torch.equal(single(x, seed), x)) for seed in range(20)}
+    assert seen == {True, False}
+    own = DSA("color", mode="layered")(torch.ones(8, 3, 4, 4), 3)
+    assert len(own[:, 0, 0, 0].unique()) > 1, "each sample its own parameters when not siamese"
+    with pytest.raises(RecipeError, match="layered"):
+        DSA("color", mode="both")

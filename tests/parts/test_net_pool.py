@@ -104,3 +104,43 @@ def test_snapshots_of_a_training_are_copies_and_serve_as_checkpoints(tmp_path):
     assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
     pool = NetPool(lambda: ConvNet(3, 4, 8, width=4, depth=2), states)
     assert same(pool.load(2), net.module)
+
+
+def test_blending_goes_from_the_end_to_the_start():
+    start, end = factory().state_dict(), factory().state_dict()
+    pool = NetPool(factory, [end], starts=[start])
+    assert len(pool) == 1
+    for share in (0.0, 0.25, 0.5, 1.0):
+        net = pool.blend(0, share)
+        assert not net.training
+        assert not any(p.requires_grad for p in net.parameters())
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(value, share * start[name] + (1 - share) * end[name])
+    exact = pool.blend(0, 1.0).state_dict(), pool.blend(0, 0.0).state_dict()
+    assert all(torch.equal(exact[0][k], start[k]) for k in start)
+    assert all(torch.equal(exact[1][k], end[k]) for k in end)
+
+
+def test_running_statistics_are_blended_and_counters_are_those_of_the_end():
+    def normed() -> nn.Module:
+        return ConvNet(3, 4, 8, width=4, depth=2, norm="batch")
+
+    start, end = normed().state_dict(), normed().state_dict()
+    key, counter = "features.1.running_mean", "features.1.num_batches_tracked"
+    end[key] = torch.ones_like(end[key])
+    end[counter] = torch.tensor(7)
+    net = NetPool(normed, [end], starts=[start]).blend(0, 0.25)
+    torch.testing.assert_close(net.state_dict()[key], torch.full((4,), 0.75))
+    assert int(net.state_dict()[counter]) == 7
+
+
+def test_what_cannot_be_blended_is_told():
+    state = factory().state_dict()
+    with pytest.raises(ModelError, match="starts"):
+        NetPool(factory, [state]).blend(0, 0.5)
+    with pytest.raises(ModelError, match="one start for each"):
+        NetPool(factory, [state], starts=[state, state])
+    with pytest.raises(ModelError, match="share"):
+        NetPool(factory, [state], starts=[state]).blend(0, 1.5)
+    with pytest.raises(CheckpointError, match="different tensors"):
+        NetPool(factory, [state], starts=[{"x": torch.ones(1)}]).blend(0, 0.5)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.losses.distributions import dm
-from stillhouse.method import Card, Claim
+from stillhouse.method import Card, Claim, Variant
 from stillhouse.net import Output
 from stillhouse.parts.augment import DSA
 from stillhouse.parts.distilled_set import DistilledSet
@@ -81,6 +81,9 @@ class DM(PixelDistillation):
             json_schema_extra={"source": "released code"},
         )
 
+    variants: ClassVar[dict[str, Variant]] = {
+        "mosaic": Variant(set={"factor": 2}, about="stored images are mosaics of four"),
+    }
     claims: ClassVar[list[Claim]] = [
         Claim("beats random real images", "accuracy", "dm", "random-real"),
         Claim("beats real images near k-means centres", "accuracy", "dm", "k-means"),

@@ -25,6 +25,12 @@ class GeneratedOptions(DataOptions):
     )
     classes: int = Field(4, ge=2, description="number of classes")
     rows: int = Field(64, ge=8, description="rows of train; val and test have half of it")
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="rows of every class of train that keep their labels; the rest becomes the "
+        "split 'unlabelled'",
+    )
     pairs: bool = Field(
         False,
         description="rows are the sides of pairs, scored by the nearness of their classes",

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from stillhouse.errors import ModelError, RecipeError, nearest
 from stillhouse.losses.chunked import chunked as chunked
 from stillhouse.losses.chunked import wide
-from stillhouse.losses.row_blocks import by_rows, eager
+from stillhouse.losses.row_blocks import block_of, by_rows, eager
 
 Reduction = Literal["mean", "sum", "none"]
 Direction = Literal["forward", "reverse", "symmetric", "js", "skewed_forward", "skewed_reverse"]
@@ -130,6 +130,11 @@ def kl(
     if not 0.0 <= skew < 1.0:
         raise RecipeError(f"skew must lie in [0, 1), not {skew}")
     _check_pair(student_logits, teacher_logits)
+
+    if direction == "forward" and mask is None and reduction == "mean":
+        whole = _mean_forward(student_logits, teacher_logits, temperature)
+        if whole is not None:
+            return _scaled(whole, temperature, scale)
 
     def rows(student: Tensor, teacher: Tensor) -> Tensor:
         return _divergence(
@@ -638,6 +643,34 @@ def _reduce(items: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     return items.sum() / weight.sum().clamp(min=torch.finfo(items.dtype).tiny)
 
 
+def _mean_forward(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor
+) -> Tensor | None:
+    """The mean forward KL in one sum over items and classes; None where that cannot be known.
+
+    Some operations and their gradients less than item by item, which steps of a millisecond
+    feel. A class of weight 0 makes the sum NaN, as NaN itself does: then item by item.
+    """
+    items = student_logits.numel() // max(1, student_logits.shape[-1])
+    if isinstance(temperature, Tensor) or items > block_of(student_logits):
+        return None
+    if not _may_look(student_logits):
+        return None
+    log_q = _log_softmax(student_logits, temperature, None)
+    log_p = _log_softmax(teacher_logits, temperature, None)
+    whole = (log_p.exp() * (log_p - log_q)).sum()
+    try:
+        known = not math.isnan(whole.item())
+    except RuntimeError:  # inside a transform of functions
+        return None
+    return whole / items if known else None
+
+
+def _may_look(value: Tensor) -> bool:
+    """Whether a number may be read: elsewhere than on the CPU that waits for the device."""
+    return value.device.type == "cpu" and value.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def _expected(log_weight: Tensor, values: Tensor) -> Tensor:
     """Sum of exp(log_weight) values over classes; classes of weight 0 contribute nothing."""
     if not _all_positive(log_weight):
@@ -651,7 +684,7 @@ def _all_positive(log_weight: Tensor) -> bool:
     On the CPU a look is a third of the masking and its backward. Elsewhere it would wait for
     the device, and transforms of functions forbid it: there it is not known.
     """
-    if log_weight.device.type != "cpu" or torch.compiler.is_compiling() or not log_weight.numel():
+    if not _may_look(log_weight):
         return False
     try:
         return log_weight.detach().min().item() > -math.inf

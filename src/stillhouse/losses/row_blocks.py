@@ -29,10 +29,8 @@ def by_rows(items: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     Returns:
         The leading shape.
     """
-    first = rows[0]
-    lead = first.shape[:-1]
-    limit = _CPU if first.device.type == "cpu" else _ELSEWHERE
-    size = max(1, limit // max(1, first.shape[-1]))
+    lead = rows[0].shape[:-1]
+    size = block_of(rows[0])
     if math.prod(lead) <= size or not eager():
         return items(*rows)
     flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in rows]
@@ -41,6 +39,12 @@ def by_rows(items: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         return found.reshape(lead)
     parts = zip(*(torch.split(x, size) for x in flat), strict=True)
     return torch.cat([items(*part) for part in parts]).reshape(lead)
+
+
+def block_of(first: Tensor) -> int:
+    """How many rows of (..., classes) are taken at a time."""
+    limit = _CPU if first.device.type == "cpu" else _ELSEWHERE
+    return max(1, limit // max(1, first.shape[-1]))
 
 
 def graph_is_kept() -> bool:

@@ -1,5 +1,8 @@
 """Differentiable siamese augmentation (DSA): single operations, and the whole call.
 
+Also the layered form of the released NCFM (Wang et al., CVPR 2025), which takes the same
+operations in another way: mode "layered".
+
 Source: Zhao & Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML
 2021, with the constants of the released code. All operations take images (B, C, H, W) in any
 floating space, are differentiable in them, and take their parameters explicitly. Nothing here
@@ -28,6 +31,10 @@ SCALE = 1.2  # largest zoom, also 1 / the smallest
 ROTATE = 15.0  # largest angle in degrees
 
 FULL = "color_crop_cutout_flip_scale_rotate"
+# The layered form as released: in matching, in training on the set, in training the pool.
+LAYERED_MATCHING = "color_crop_cutout"
+LAYERED_TRAINING = "color_crop_flip_scale_rotate"
+LAYERED_POOL = "color_crop"
 # For digits and other data with chirality, where a mirror image is another class.
 WITHOUT_FLIP = "color_crop_cutout_scale_rotate"
 
@@ -68,6 +75,11 @@ def crop(x: Tensor, row_shift: Tensor, col_shift: Tensor) -> Tensor:
     sample = torch.arange(size, device=x.device)[:, None, None]
     picked = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], cols[:, None, :]]
     return picked.permute(0, 3, 1, 2)
+
+
+def translate(x: Tensor, col_shift: Tensor) -> Tensor:
+    """`out[i, j] = x[i, j + col_shift]`, 0 outside the image; `col_shift` (B,) int64."""
+    return crop(x, torch.zeros_like(col_shift), col_shift)
 
 
 def cutout(x: Tensor, row_offset: Tensor, col_offset: Tensor) -> Tensor:
@@ -190,6 +202,11 @@ def _draw_crop(x: Tensor, draws: _Draws, align_corners: bool) -> Tensor:
     return crop(x, row_shift, draws.integers(-reach[1], reach[1], len(x)))
 
 
+def _draw_translate(x: Tensor, draws: _Draws, align_corners: bool) -> Tensor:
+    reach = int(x.shape[3] * CROP + 0.5)
+    return translate(x, draws.integers(-reach, reach, len(x)))
+
+
 def _draw_cutout(x: Tensor, draws: _Draws, align_corners: bool) -> Tensor:
     # With an even hole the offset may be `side` itself, so that both borders are alike.
     last = [side - int(side * CUTOUT + 0.5) % 2 for side in x.shape[2:]]
@@ -220,7 +237,11 @@ FAMILIES: Mapping[str, Callable[[Tensor, _Draws, bool], Tensor]] = {
     "flip": _draw_flip,
     "scale": _draw_scale,
     "rotate": _draw_rotate,
+    "translate": _draw_translate,
 }
+# In the layered form these are applied whenever they are named; one of the others is drawn.
+_ALWAYS_FIRST = ("flip", "color")
+_ALWAYS_LAST = ("cutout",)
 
 
 @dataclass(frozen=True)
@@ -229,16 +250,20 @@ class DSA:
 
     In mode "one" a single family of the strategy is drawn per call and applied to the whole
     batch; in mode "all" every family is applied in the strategy's order (the released modes
-    'S' and 'M'). The draws repeat the released stream: with seed s the family is drawn under
-    s, the further draws under s+1, s+2, ... (siamese), or all in one stream (not siamese).
+    'S' and 'M'). In mode "layered" flip and colour come first whenever they are named, then ONE
+    drawn family of the others, then cutout; parameters are the batch's when siamese, else the
+    sample's (released NCFM). The draws repeat the released stream of the other two modes: with
+    seed s the family is drawn under s, the further draws under s+1, s+2, ... (siamese), or all
+    in one stream (not siamese).
 
     Attributes:
-        strategy: families joined by "_", or "none": color, crop, cutout, flip, scale, rotate.
+        strategy: families joined by "_", or "none": color, crop, cutout, flip, scale, rotate,
+            translate.
         siamese: one transform for the whole batch, equal for batches of any size under one
             seed; else parameters differ per sample (the family does not).
         align_corners: of the two resampling families. False in the released code of
             DC, DSA, DM and their kin; True in that of trajectory matching and its kin.
-        mode: "one" or "all".
+        mode: "one", "all" or "layered".
 
     Raises:
         RecipeError: unknown family or mode, or a family named twice.
@@ -247,7 +272,7 @@ class DSA:
     strategy: str = FULL
     siamese: bool = False
     align_corners: bool = False
-    mode: Literal["one", "all"] = "one"
+    mode: Literal["one", "all", "layered"] = "one"
 
     def __post_init__(self) -> None:
         for name in self.families:
@@ -255,8 +280,10 @@ class DSA:
                 raise RecipeError(f"augmentation has no family '{name}'{nearest(name, FAMILIES)}")
         if len(set(self.families)) < len(self.families):
             raise RecipeError(f"augmentation strategy '{self.strategy}' names a family twice")
-        if self.mode not in ("one", "all"):
-            raise RecipeError(f"augmentation mode must be 'one' or 'all', got '{self.mode}'")
+        if self.mode not in ("one", "all", "layered"):
+            raise RecipeError(
+                f"augmentation mode must be 'one', 'all' or 'layered', got '{self.mode}'"
+            )
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -286,12 +313,34 @@ class DSA:
         """
         if not self.families or len(x) == 0:
             return x
-        draws = _Draws(seed, self.siamese, rows, of)
+        return self.apply(x, _Draws(seed, self.siamese, rows, of))
+
+    def apply(self, x: Tensor, draws: _Draws) -> Tensor:
+        """The call with a given stream of draws.
+
+        The stream is asked in this order. "one": family, its parameters. "all": the
+        parameters of each family. "layered": the flip's coin, brightness, saturation, contrast,
+        which of the other families, its parameters, cutout's row and column.
+        """
+        if self.mode == "layered":
+            return self._layered(x, draws)
         chosen = self.families
         if self.mode == "one":
             chosen = (chosen[draws.family(len(chosen))],)
         for name in chosen:
             x = FAMILIES[name](x, draws, self.align_corners)
+        return x.contiguous()
+
+    def _layered(self, x: Tensor, draws: _Draws) -> Tensor:
+        for name in _ALWAYS_FIRST:
+            if name in self.families:
+                x = FAMILIES[name](x, draws, self.align_corners)
+        rest = [n for n in self.families if n not in (*_ALWAYS_FIRST, *_ALWAYS_LAST)]
+        if rest:
+            x = FAMILIES[rest[draws.family(len(rest))]](x, draws, self.align_corners)
+        for name in _ALWAYS_LAST:
+            if name in self.families:
+                x = FAMILIES[name](x, draws, self.align_corners)
         return x.contiguous()
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from stillhouse.errors import CheckpointError, DataError
 from stillhouse.parts.matrices import ZCA
+from stillhouse.writing import write_atomic
 
 TENSORS = "distilled.safetensors"
 DESCRIPTION = "distilled.json"
@@ -75,28 +75,97 @@ class Decode:
     Attributes:
         factor: tiles per side; 1 leaves the images as they are.
         upsample: interpolation mode.
-        pad: value of the padding, in the images' own space.
+        pad: value of the padding, in the images' own space; one, or one per channel.
+        kind: "single", the factor alone; "multi", the factors 1 ... f one after the other;
+            "bound", the largest factor for as many images as `bound` training images allow,
+            then the next smaller one for those left (as released).
+        bound: of "bound": most training images of one call, as far as whole images go.
+
+    Raises:
+        DataError: a factor below 1 or an unknown kind.
     """
 
     factor: int = 1
     upsample: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
-    pad: float = 0.5
+    pad: float | tuple[float, ...] = 0.5
+    kind: Literal["single", "multi", "bound"] = "single"
+    bound: int = 128
 
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise DataError(f"decode factor must be at least 1, got {self.factor}")
+        if self.kind not in ("single", "multi", "bound"):
+            raise DataError(f"decode kind must be single, multi or bound, got '{self.kind}'")
+        if isinstance(self.pad, list):  # as JSON gives it back
+            object.__setattr__(self, "pad", tuple(self.pad))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (f * f * B, C, H, W), tile-major: all of tile (0, 0) first."""
+        """(B, C, H, W) to training images, tile-major: all of tile (0, 0) first.
+
+        There are f * f * B for "single"; `sources` says of which image each is a tile.
+        """
         if self.factor == 1:
             return images
+        return torch.cat([self._cut(images[rows], factor) for rows, factor in self._plan(images)])
+
+    def sources(self, count: int) -> Tensor:
+        """The stored image, among `count`, of which each training image is a tile; int64."""
+        rows = torch.arange(count)
+        if self.factor == 1:
+            return rows
+        return torch.cat([rows[part].repeat(factor**2) for part, factor in self._plan(rows)])
+
+    def _plan(self, images: Tensor) -> list[tuple[slice, int]]:
+        """Which images are cut by which factor, in order."""
+        count = len(images)
+        if self.kind == "single":
+            return [(slice(0, count), self.factor)]
+        if self.kind == "multi":
+            return [(slice(0, count), factor) for factor in range(1, self.factor + 1)]
+        plan, done, made = [], 0, 0
+        for factor in range(self.factor, 0, -1):
+            left = count - done
+            room = self.bound - made - left
+            number = left if factor == 1 else max(0, min(room // factor**2, left))
+            if number:
+                plan.append((slice(done, done + number), factor))
+            done, made = done + number, made + number * factor**2
+        return plan
+
+    def _cut(self, images: Tensor, factor: int) -> Tensor:
+        if factor == 1:
+            return images
         height, width = images.shape[2:]
-        down, right = -height % self.factor, -width % self.factor
-        padded = F.pad(images, (0, right, 0, down), value=self.pad)
-        rows = padded.chunk(self.factor, dim=2)
-        tiles = torch.cat([tile for row in rows for tile in row.chunk(self.factor, dim=3)])
+        rows = self._padded(images, factor).chunk(factor, dim=2)
+        tiles = torch.cat([tile for row in rows for tile in row.chunk(factor, dim=3)])
         corners = None if self.upsample == "nearest" else False
         return F.interpolate(tiles, size=(height, width), mode=self.upsample, align_corners=corners)
+
+    def _padded(self, images: Tensor, factor: int) -> Tensor:
+        height, width = images.shape[2:]
+        down, right = -height % factor, -width % factor
+        if not down and not right:
+            return images
+        if isinstance(self.pad, tuple):
+            pad = torch.tensor(self.pad, dtype=images.dtype, device=images.device)[:, None, None]
+            return F.pad(images - pad, (0, right, 0, down)) + pad
+        return F.pad(images, (0, right, 0, down), value=self.pad)
+
+    def normalised(self, preprocessing: Preprocessing | None) -> Decode:
+        """The same decoding of images that `preprocessing` has brought to another space.
+
+        Interpolation commutes with a channel's scale and shift, so only the padding changes.
+
+        Raises:
+            DataError: padding is needed for whitened images, whose channels have no one value.
+        """
+        if preprocessing is None or self.factor == 1:
+            return self
+        if not isinstance(preprocessing, MeanStd):
+            raise DataError("mosaics are kept in normalised or raw space, not in whitened space")
+        pads = self.pad if isinstance(self.pad, tuple) else (self.pad,) * len(preprocessing.mean)
+        raw = torch.tensor(pads, dtype=torch.float64).reshape(1, -1, 1, 1)
+        return dataclasses.replace(self, pad=tuple(preprocessing.transform(raw).flatten().tolist()))
 
 
 @dataclass(frozen=True)
@@ -108,7 +177,8 @@ class DistilledSet:
             by class: all images of class 0 first.
         labels: (N,) int64 hard labels, never falling.
         classes: names of the K classes.
-        label_logits: (N, K) float32 or None; the softmax is taken in the loss.
+        label_logits: (N, K) float32, one row per stored image; or (M, K), one per training
+            image after decoding, in its order; or None. The softmax is taken in the loss.
         lr: learning rate that was learned with the images, if one was.
         preprocessing: from [0, 1] to network-input space, with its inverse; None if the
             network sees [0, 1].
@@ -150,10 +220,12 @@ class DistilledSet:
         if not torch.isfinite(images).all():
             raise DataError("distilled images hold values that are not finite")
         logits = self.label_logits
-        if logits is not None and logits.shape != (len(images), count):
-            raise DataError(
-                f"label logits must be ({len(images)}, {count}), got {tuple(logits.shape)}"
-            )
+        if logits is None:
+            return
+        rows = {len(images), self.training_count}
+        if logits.ndim != 2 or len(logits) not in rows or logits.shape[1] != count:
+            told = " or ".join(f"({n}, {count})" for n in sorted(rows))
+            raise DataError(f"label logits must be {told}, got {tuple(logits.shape)}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -178,9 +250,16 @@ class DistilledSet:
             `(images, labels, label_logits)`; with a decode factor f there are f * f times as
             many rows as stored images, tile-major, no longer class by class.
         """
-        copies = self.decode.factor**2
-        logits = None if self.label_logits is None else self.label_logits.repeat(copies, 1)
-        return self.decode(self.images), self.labels.repeat(copies), logits
+        sources = self.decode.sources(len(self)).to(self.labels.device)
+        logits = self.label_logits
+        if logits is not None and len(logits) != len(sources):
+            logits = logits[sources]
+        return self.decode(self.images), self.labels[sources], logits
+
+    @property
+    def training_count(self) -> int:
+        """Number of training images after decoding."""
+        return len(self.decode.sources(len(self)))
 
     def pixels(self) -> Tensor:
         """Stored images (N, C, H, W) brought back to [0, 1]; what lies beyond is clipped."""
@@ -202,11 +281,10 @@ class DistilledSet:
         from safetensors.torch import save
 
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         content = save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()})
         description = {"sha256": hashlib.sha256(content).hexdigest(), **self.description()}
-        _write(target / TENSORS, content)
-        _write(target / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        write_atomic(target / TENSORS, content)
+        write_atomic(target / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
         return target
 
     @classmethod
@@ -378,12 +456,3 @@ def _preprocessing(
         stored = {k.removeprefix("zca."): v for k, v in tensors.items() if k.startswith("zca.")}
         return ZCA.from_tensors(stored)
     return MeanStd(tuple(description["mean"]), tuple(description["std"]))
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -1,8 +1,9 @@
-"""Optimising the pixels of a small set so that random networks cannot tell it from real data.
+"""Optimising the pixels of a small set so that frozen networks cannot tell it from real data.
 
-What distribution matching and its kin share: pixels as parameters, a fresh frozen network per
-step, real and synthetic images of a class under one siamese augmentation, and a loss that is a
-sum over classes. Subclasses say only by what distance a class is matched.
+What distribution matching and its kin share: pixels as parameters, a frozen network per step
+(a fresh one unless a subclass says otherwise), real and synthetic images of a class under one
+siamese augmentation, and a loss that is a sum over classes. Subclasses say by what distance a
+class is matched, and may learn more than pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from stillhouse.batch import Batch, Draws
+from stillhouse.batch import Batch, Draws, Order
 from stillhouse.clock import Clock
 from stillhouse.errors import TrainingError
 from stillhouse.net import Net, Output
@@ -48,6 +49,7 @@ class PixelMatching(Objective):
 
     Attributes:
         pixels: (N, C, H, W), the parameter.
+        step_classes: classes of a step in all processes; the loss is the sum over them.
         order: what `Job.fit` reads: the K classes, every step.
         steps_done: updates so far, for whoever evaluates in between.
     """
@@ -72,7 +74,8 @@ class PixelMatching(Objective):
         self.pixels = nn.Parameter(start.images.detach().clone())
         ends = torch.tensor(start.counts).cumsum(0).tolist()
         self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        self.order = Draws(self.classes, 1)
+        self.step_classes = self.classes
+        self.order: Order = Draws(self.classes, 1)
         self.steps_done = 0
 
     def distances(
@@ -91,6 +94,26 @@ class PixelMatching(Objective):
             real_counts: images per class.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define distances")
+
+    def distances_of(
+        self,
+        labels: Sequence[int],
+        synthetic: Output,
+        real: Output,
+        synthetic_counts: Sequence[int],
+        real_counts: Sequence[int],
+        clock: Clock,
+    ) -> dict[str, Tensor]:
+        """`distances`, for a subclass that must know the classes or draw something for them."""
+        return self.distances(synthetic, real, synthetic_counts, real_counts)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Training images, in network-input space, of stored ones: mosaics are cut."""
+        return self.start.decode(images)
+
+    def learned(self) -> list[Tensor]:
+        """Parameters beside the pixels that the distances move."""
+        return []
 
     def prepare(self, batch: Batch, clock: Clock) -> Batch:
         """Draw the step's network."""
@@ -112,24 +135,35 @@ class PixelMatching(Objective):
         groups = [
             labels[at : at + self.class_chunk] for at in range(0, len(labels), self.class_chunk)
         ]
-        share = self.classes / len(labels)
-        pieces = [partial(self._piece, net, group, images, clock, share) for group in groups]
-        return pieces[0]() if len(pieces) == 1 else carry(pieces, list(images.values()))
+        share = self.step_classes / len(labels)
+        pieces = [partial(self.piece, net, group, images, clock, share) for group in groups]
+        inputs = [*images.values(), *self.learned()]
+        return pieces[0]() if len(pieces) == 1 else carry(pieces, inputs)
 
-    def _piece(
+    def piece(
         self, net: Net, labels: list[int], images: dict[int, Tensor], clock: Clock, share: float
     ) -> dict[str, Tensor]:
+        """The terms of some classes that pass through the network together.
+
+        Args:
+            net: of the step.
+            labels: the classes.
+            images: their pixels, by class.
+            clock: of the step.
+            share: the factor of every term.
+        """
         real, synthetic = [], []
         for label in labels:
             drawn = self.draw_real(label, self.batch_real, clock.rng("real", label))
             seed = clock.seed_for("augment", label)
             real.append(self.augment(drawn, seed))
-            synthetic.append(self.augment(images[label], seed))
+            synthetic.append(self.augment(self.shown(images[label]), seed))
         with torch.no_grad():
             theirs = net(torch.cat(real))
         ours = net(torch.cat(synthetic))
         counts = [len(s) for s in synthetic], [len(r) for r in real]
-        return {k: share * v for k, v in self.distances(ours, theirs, *counts).items()}
+        found = self.distances_of(labels, ours, theirs, *counts, clock)
+        return {k: share * v for k, v in found.items()}
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:

@@ -12,8 +12,9 @@ from stillhouse.batch import Source, read_rows
 from stillhouse.data.splitting import labels_of
 from stillhouse.engine.job import Job
 from stillhouse.errors import DataError
-from stillhouse.parts.distilled_set import DistilledSet, MeanStd, Preprocessing
+from stillhouse.parts.distilled_set import Decode, DistilledSet, MeanStd, Preprocessing
 from stillhouse.parts.matrices import ZCA, k_centre
+from stillhouse.parts.mosaic import mosaic
 
 Init = Literal["real", "noise", "smart"]
 Space = Literal["mean_std", "zca", "none"]
@@ -68,6 +69,11 @@ class RealImages:
         if len(source) * first[0].numel() * 4 <= hold_bytes:
             whole = torch.split(torch.arange(len(source)), _BLOCK)
             self._held = torch.cat([self._read(b) for b in whole]).to(self.device)
+
+    @property
+    def held(self) -> Tensor | None:
+        """All images (N, C, H, W) in network-input space, row by row; None when too large."""
+        return self._held
 
     def take(self, rows: Tensor) -> Tensor:
         """The images at positions `rows`, (n, C, H, W) on the device."""
@@ -144,7 +150,9 @@ def class_names(job: Job) -> tuple[str, ...]:
     return tuple(str(c) for c in named)
 
 
-def initial_images(real: RealImages, ipc: int, init: Init, generator: Generator) -> Tensor:
+def initial_images(
+    real: RealImages, ipc: int, init: Init, generator: Generator, *, factor: int = 1
+) -> Tensor:
     """The first synthetic images, class by class.
 
     Args:
@@ -155,6 +163,8 @@ def initial_images(real: RealImages, ipc: int, init: Init, generator: Generator)
             released DataDAM offers as files).
         generator: CPU generator; under one state "real" chooses the same images for every
             caller, so that comparisons begin equal.
+        factor: each image is a mosaic of factor^2 different real images; the first tiles are
+            of the images that factor 1 would choose. Noise has no tiles.
 
     Returns:
         (K * ipc, C, H, W).
@@ -166,24 +176,43 @@ def initial_images(real: RealImages, ipc: int, init: Init, generator: Generator)
         shape = (len(real.rows) * ipc, *real.shape)
         return torch.randn(shape, generator=generator).to(real.device)
     chosen = []
+    needed = ipc * factor**2
     for number, rows in enumerate(real.rows):
-        if len(rows) < ipc:
+        if len(rows) < needed:
             raise DataError(
-                f"class {number} has {len(rows)} real images; {ipc} per class were asked for"
+                f"class {number} has {len(rows)} real images; {needed} per class were asked for"
             )
         if init == "real":
-            chosen.append(rows[torch.randperm(len(rows), generator=generator)[:ipc]])
+            chosen.append(rows[torch.randperm(len(rows), generator=generator)[:needed]])
         else:
-            picked = k_centre(real.take(rows), ipc, generator=generator)
+            picked = k_centre(real.take(rows), needed, generator=generator)
             chosen.append(rows[picked.cpu()])
-    return real.take(torch.cat(chosen))
+    if factor == 1:
+        return real.take(torch.cat(chosen))
+    return torch.cat([mosaic(real.take(rows), factor) for rows in chosen])
 
 
 def set_of(
-    images: Tensor, ipc: int, classes: Sequence[str], preprocessing: Preprocessing | None
+    images: Tensor,
+    ipc: int,
+    classes: Sequence[str],
+    preprocessing: Preprocessing | None,
+    decode: Decode | None = None,
 ) -> DistilledSet:
-    """A distilled set of `ipc` images per class with hard labels, not yet distilled."""
+    """A distilled set of `ipc` images per class with hard labels, not yet distilled.
+
+    Args:
+        images: (K * ipc, C, H, W) in network-input space.
+        ipc: images per class.
+        classes: names.
+        preprocessing: into network-input space.
+        decode: of raw images; it is made to fit the space.
+    """
     labels = torch.arange(len(classes)).repeat_interleave(ipc)
     return DistilledSet(
-        images.detach().float().cpu(), labels, tuple(classes), preprocessing=preprocessing
+        images.detach().float().cpu(),
+        labels,
+        tuple(classes),
+        preprocessing=preprocessing,
+        decode=(decode or Decode()).normalised(preprocessing),
     )

@@ -1,22 +1,23 @@
 """The fair judge of distilled data: fresh networks trained on it alone.
 
-The protocol is that of the released codes (`evaluate_synset` of Dataset Condensation and
-Matching Training Trajectories); what they take silently is not taken here: the accuracy is
+The protocol is that of released codes (`evaluate_synset` of Dataset Condensation and Matching
+Training Trajectories; that of NCFM); what they take silently is not taken here: the accuracy is
 that of the LAST epoch, every network is fresh, and nothing is chosen by the test split. Beside
 the set stand random real images of the same number, real images near k-means centres, and
 the full data, under the same labels, augmentation and protocol; and the scores of DD-Ranking.
+A set of mosaics stands beside mosaics of random real images too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 
 from stillhouse.batch import Batch, Shuffled, Source, TensorSource
 from stillhouse.clock import Clock
@@ -27,10 +28,13 @@ from stillhouse.losses.logits import soft_cross_entropy
 from stillhouse.metrics.dd_ranking import augmentation_robust_score, label_robust_score
 from stillhouse.net import Net, Output
 from stillhouse.objective import Objective
-from stillhouse.parts.augment import DSA, FULL
+from stillhouse.parts.across import whole_batch
+from stillhouse.parts.augment import DSA, FULL, LAYERED_TRAINING
+from stillhouse.parts.cutmix import CutMix
 from stillhouse.parts.distilled_set import Decode, DistilledSet, Preprocessing
 from stillhouse.parts.matrices import kmeans
-from stillhouse.parts.schedule import constant
+from stillhouse.parts.mosaic import mosaic
+from stillhouse.parts.schedule import Schedule, constant, steps
 from stillhouse.stages.initial_set import RealImages, initial_images
 from stillhouse.teacher import Knowledge
 
@@ -42,18 +46,25 @@ Label = Callable[[Tensor], Tensor]
 class Protocol:
     """How a fresh network is trained on a set.
 
-    SGD; E + 1 epochs are run; after the epoch of number E // 2 + 1 (from 0) the learning
-    rate is multiplied by 0.1 and the optimiser made anew, so its momentum is lost. All as
-    released; defaults are those of the Dataset Condensation code.
+    The defaults are those of the Dataset Condensation code: SGD; E + 1 epochs are run; after
+    the epoch of number E // 2 + 1 (from 0) the learning rate is multiplied by 0.1 and the
+    optimiser made anew, so its momentum is lost. `Protocol.ncfm` is that of the NCFM code.
 
     Attributes:
         epochs: E.
         batch: rows of a batch.
         lr: learning rate.
         momentum: of SGD.
-        weight_decay: of SGD.
+        weight_decay: of the optimiser.
         augment: strategy of the differentiable augmentation, per sample, or "none".
         align_corners: of its resampling.
+        mode: of the augmentation, see `DSA`.
+        update: rule of the optimiser, "sgd" or "adamw".
+        milestones: shares of E after which the rate is multiplied by `gamma`, in E epochs of
+            one optimiser; None: the tenth and the new optimiser described above.
+        gamma: see `milestones`.
+        cutmix: probability that a batch is mixed.
+        hard_last: last epochs in which soft labels give way to hard ones.
     """
 
     epochs: int = 1000
@@ -63,18 +74,67 @@ class Protocol:
     weight_decay: float = 5e-4
     augment: str = FULL
     align_corners: bool = False
+    mode: Literal["one", "all", "layered"] = "one"
+    update: Literal["sgd", "adamw"] = "sgd"
+    milestones: tuple[float, ...] | None = None
+    gamma: float = 0.1
+    cutmix: float = 0.0
+    hard_last: int = 0
+
+    @classmethod
+    def ncfm(cls, **changes: Any) -> Protocol:
+        """The evaluation of the released NCFM: AdamW, the rate halved at every fifth, CutMix."""
+        given: dict[str, Any] = {
+            "epochs": 2000,
+            "batch": 128,
+            "lr": 1e-3,
+            "weight_decay": 1e-2,  # torch's default of AdamW
+            "augment": LAYERED_TRAINING,
+            "mode": "layered",
+            "update": "adamw",
+            "milestones": (0.2, 0.4, 0.6, 0.8),
+            "gamma": 0.5,
+            "cutmix": 0.5,
+        }
+        return cls(**{**given, **changes})
 
     def phases(self) -> list[tuple[int, float]]:
         """(epochs, learning rate) of each optimiser, in order."""
+        if self.milestones is not None:
+            return [(self.epochs, self.lr)] if self.epochs > 0 else []
         whole = self.epochs + 1
         first = min(whole, self.epochs // 2 + 2)
         planned = [(first, self.lr), (whole - first, self.lr * 0.1)]
         return [(epochs, lr) for epochs, lr in planned if epochs > 0]
 
-    def optimizer(self, lr: float) -> Callable[[Any], SGD]:
+    def schedule(self) -> Schedule:
+        """The factor of the learning rate within an optimiser's life."""
+        if self.milestones is None:
+            return constant(1.0)
+        return steps([int(share * self.epochs) for share in self.milestones], self.gamma)
+
+    def optimizer(self, lr: float) -> Callable[[Any], Optimizer]:
         """A factory of the optimiser of one phase."""
+        if self.update == "adamw":
+            return lambda params: AdamW(params, lr=lr, weight_decay=self.weight_decay)
         return lambda params: SGD(
             params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def told(self) -> str:
+        """The protocol in words."""
+        augmented = "no augmentation" if self.augment == "none" else self.augment
+        momentum = "" if self.update == "adamw" else f"momentum {self.momentum:g}, "
+        name = "AdamW" if self.update == "adamw" else "SGD"
+        falls = f"a tenth of the rate after epoch {self.epochs // 2 + 1}"
+        if self.milestones is not None:
+            shares = ", ".join(f"{share:g}" for share in self.milestones)
+            falls = f"the rate times {self.gamma:g} after {shares} of the epochs"
+        mixed = f", CutMix with probability {self.cutmix:g}" if self.cutmix else ""
+        return (
+            f"{sum(epochs for epochs, _ in self.phases())} epochs ({name}, learning rate "
+            f"{self.lr:g}, {momentum}weight decay {self.weight_decay:g}, batch {self.batch}, "
+            f"{falls}, {augmented}{mixed})"
         )
 
 
@@ -88,7 +148,8 @@ class SetTraining(Objective):
             [0, 1]; None for a distilled set, whose images are there already.
 
     Rows with `label_logits` are learnt softly:
-    `-(1/B) sum softmax(label_logits) log_softmax(z)`, without temperature.
+    `-(1/B) sum softmax(label_logits) log_softmax(z)`, without temperature. A batch that CutMix
+    mixes counts the labels of both images by their shares.
     """
 
     def __init__(
@@ -96,7 +157,10 @@ class SetTraining(Objective):
     ) -> None:
         super().__init__(net)
         self.preprocessing = preprocessing
-        self.dsa = DSA(protocol.augment, align_corners=protocol.align_corners)
+        self.dsa = DSA(protocol.augment, align_corners=protocol.align_corners, mode=protocol.mode)
+        self.cutmix = CutMix(protocol.cutmix)
+        self.batchwide = protocol.cutmix > 0
+        self.soft_epochs = protocol.epochs - protocol.hard_last
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The term `task`, a mean over rows."""
@@ -104,12 +168,31 @@ class SetTraining(Objective):
         if self.preprocessing is not None:
             images = self.preprocessing.transform(images)
         images = self.dsa(images, clock.rng("augment"), rows=batch.rows, of=batch.of)
-        logits = self.student(images)["logits"].float()
-        if "label_logits" in batch:
-            loss = soft_cross_entropy(logits, batch["label_logits"], from_logits=True)
-        else:
-            loss = F.cross_entropy(logits, batch["target"])
-        return {"task": loss}
+        size = (images.shape[2], images.shape[3])
+        mix = self.cutmix.draw(batch.of, size, clock.rng("cutmix"))
+        own = self._labels(batch, clock)
+        if mix is None:
+            return {"task": self._loss(self.student(images), own)}
+        # Partners may lie with other processes.
+        mine = replace(mix, partner=mix.partner[batch.rows])
+        images = mine.images(images, whole_batch(images, batch.of, clock))
+        others = whole_batch(own, batch.of, clock)[mine.partner.to(own.device)]
+        out = self.student(images)
+        share = mix.box.share
+        return {"task": share * self._loss(out, own) + (1.0 - share) * self._loss(out, others)}
+
+    def _labels(self, batch: Batch, clock: Clock) -> Tensor:
+        if "label_logits" in batch and clock.epoch < self.soft_epochs:
+            logits: Tensor = batch["label_logits"]
+            return logits
+        labels: Tensor = batch["target"]
+        return labels
+
+    def _loss(self, out: Output, labels: Tensor) -> Tensor:
+        logits = out["logits"].float()
+        if labels.is_floating_point():
+            return soft_cross_entropy(logits, labels, from_logits=True)
+        return F.cross_entropy(logits, labels)
 
 
 class Ready(nn.Module):
@@ -160,6 +243,7 @@ def train_on(
     *,
     preprocessing: Preprocessing | None = None,
     share: Mapping[str, Any] | None = None,
+    kind: str = "judge",
 ) -> None:
     """Train a network by the protocol, as stages of `job` (one per optimiser).
 
@@ -170,6 +254,7 @@ def train_on(
         protocol: epochs, batch, optimiser, augmentation.
         preprocessing: of rows that are real images in [0, 1].
         share: everything the result depends on; the stages then lie in the cache.
+        kind: of the stages.
     """
     objective = SetTraining(net, protocol, preprocessing)
     for number, (epochs, lr) in enumerate(protocol.phases()):
@@ -179,7 +264,7 @@ def train_on(
             Shuffled(rows, protocol.batch, augment=False, collate=job.task.collate),
             epochs=epochs,
             optim=protocol.optimizer(lr),
-            schedule=constant(1.0),
+            schedule=protocol.schedule(),
             accumulate=1,
             clip=Clip(),
             validate=dict,
@@ -187,7 +272,7 @@ def train_on(
             keep=Last(),
             ema=0.0,
             share=None if share is None else {**share, "phase": number},
-            kind="judge",
+            kind=kind,
         )
 
 
@@ -265,7 +350,8 @@ def judge_distilled_set(
 
     Returns:
         Fractions: `accuracy` (mean over networks, own labels), `accuracy_std` (population),
-        `accuracy_hard` when own labels are soft, `random_real`, `k_means`, `full_data`,
+        `accuracy_hard` when own labels are soft, `random_real`, `random_mosaic` for a set of
+        mosaics, `k_means`, `full_data`,
         `accuracy_<architecture>`, `hlr`, `ior`, `lrs`, `ars` as far as what they need is
         measured; counts and bytes of storage.
     """
@@ -293,7 +379,7 @@ def counts_of(distilled: DistilledSet) -> dict[str, float]:
     stored = distilled.storage
     return {
         "images": float(len(distilled)),
-        "training_images": float(len(distilled) * distilled.decode.factor**2),
+        "training_images": float(distilled.training_count),
         "pixel_bytes": float(stored["pixels"]),
         "label_bytes": float(stored["labels"]),
     }
@@ -359,6 +445,13 @@ def _against_random(
             full_hard=full, synthetic_hard=hard, synthetic_own=own, random_own=found
         )
         figures |= {"hlr": scores.hlr.mean, "lrs": scores.lrs.mean, "lrs_std": scores.lrs.std}
+    if distilled.decode.factor > 1:
+        mixed = random_images(job, real, distilled.counts, distilled.decode.factor)
+        tiled = _same_labels(distilled, mixed, label, distilled.decode)
+        seen = accuracies(
+            job, "random-mosaic", tiled, protocol, fresh, nets=judging.nets, split=split
+        )
+        figures["random_mosaic"] = _mean(seen)
     if judging.plain_nets:
         plain = replace(protocol, augment="none")
         count = judging.plain_nets
@@ -430,23 +523,27 @@ def _k_means_rows(job: Job, real: RealImages, net: Net, counts: Sequence[int]) -
     return torch.cat(chosen)
 
 
-def random_images(job: Job, real: RealImages, counts: Sequence[int]) -> Tensor:
+def random_images(job: Job, real: RealImages, counts: Sequence[int], factor: int = 1) -> Tensor:
     """Random real images, the same that real initialisation begins with.
 
     Args:
         job: of the run; the draw is a function of its seed.
         real: what is drawn from.
         counts: images per class.
+        factor: each is a mosaic of factor^2 real images.
     """
-    if len(set(counts)) == 1:
-        return initial_images(real, counts[0], "real", job.rng("initial images"))
     rng = job.rng("initial images")
-    return torch.cat([real.draw(c, count, rng) for c, count in enumerate(counts)])
+    if len(set(counts)) == 1:
+        return initial_images(real, counts[0], "real", rng, factor=factor)
+    drawn = [real.draw(c, count * factor**2, rng) for c, count in enumerate(counts)]
+    return torch.cat([mosaic(images, factor) for images in drawn])
 
 
-def _same_labels(distilled: DistilledSet, images: Tensor, label: Label | None) -> DistilledSet:
+def _same_labels(
+    distilled: DistilledSet, images: Tensor, label: Label | None, decode: Decode | None = None
+) -> DistilledSet:
     """Real images in the place of the distilled ones, labelled in the same manner."""
-    images = images.float()
+    images, decode = images.float(), decode or Decode()
     logits = None
     if distilled.label_logits is not None:
         if label is None:
@@ -454,10 +551,9 @@ def _same_labels(distilled: DistilledSet, images: Tensor, label: Label | None) -
                 "the set has soft labels; random real images need the same, so give the judge "
                 "a function that labels images"
             )
-        logits = label(images).detach().float().cpu()
-    # Whole images: what a mosaic of real images would give is another comparison.
+        logits = label(decode(images)).detach().float().cpu()
     return distilled.replace(
-        images=images.detach().cpu(), label_logits=logits, relabel=None, decode=Decode()
+        images=images.detach().cpu(), label_logits=logits, relabel=None, decode=decode
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch.optim import SGD
@@ -14,19 +14,17 @@ from stillhouse.engine.step import Clip
 from stillhouse.errors import RecipeError
 from stillhouse.method import MethodConfig
 from stillhouse.net import Net
-from stillhouse.parts.distilled_set import DistilledSet
+from stillhouse.parts.distilled_set import Decode, DistilledSet
 from stillhouse.parts.net_pool import NetPool
 from stillhouse.parts.pixel_matching import DrawReal, PixelMatching
 from stillhouse.parts.schedule import constant
 from stillhouse.stages.fresh_nets import (
-    fresh_net,
     has_batch_statistics,
     layers_of,
     network_factory,
     tapped_net,
 )
 from stillhouse.stages.initial_set import RealImages
-from stillhouse.stages.judge_distilled_set import accuracies
 from stillhouse.stages.set_distillation import SetConfig, SetDistillation
 
 ITERATIONS = 8000
@@ -92,6 +90,13 @@ class PixelConfig(SetConfig):
         description="of the augmentation's resampling",
         json_schema_extra={"source": "released code of DSA, DM and DataDAM"},
     )
+    factor: int = Field(
+        1,
+        ge=1,
+        description="tiles per side of a stored image; 2: each holds four images of its class at "
+        "half the side, brought to full size for matching and training",
+        json_schema_extra={"source": "IDC, NCFM: 2; other released codes: 1"},
+    )
     evaluate_nets: int = Field(
         1,
         ge=1,
@@ -138,7 +143,7 @@ class PixelDistillation(SetDistillation):
         if job.budget.ema is not None:
             raise RecipeError("pixels are not averaged here: remove budget.ema")
         real = self.real_images(job)
-        start = self.initial_set(job, real, self.config.init)
+        start = self.initial_set(job, real, self.config.init, Decode(self.config.factor))
         steps = job.budget.steps or ITERATIONS
         few = self.config.scan_steps or max(1, steps // 4)
         rate, table = self.scanned_rate(
@@ -166,7 +171,7 @@ class PixelDistillation(SetDistillation):
             accumulate=1,
             clip=Clip(),
             keep=Last(),
-            validate=self._evaluation(job, objective),
+            validate=self.evaluation(job, objective),
             validate_every=every,
             kind="synthesis",
         )
@@ -186,22 +191,3 @@ class PixelDistillation(SetDistillation):
         statistics = has_batch_statistics(sample)
         layers = layers_of(sample)
         return self.objective(start, pool, draw_real, layers, batch_statistics=statistics)
-
-    def _evaluation(self, job: Job, objective: PixelMatching) -> Callable[[], dict[str, float]]:
-        config: Any = self.config
-
-        def evaluate() -> dict[str, float]:
-            found = accuracies(
-                job.child("match", f"evaluation-{objective.steps_done}"),
-                "val",
-                objective.distilled(),
-                config.protocol(),
-                lambda number: fresh_net(job, number),
-                nets=config.evaluate_nets,
-                split="val",
-            )
-            mean = sum(found) / len(found)
-            spread = (sum((a - mean) ** 2 for a in found) / len(found)) ** 0.5
-            return {"accuracy": mean, "accuracy_std": spread}
-
-        return evaluate

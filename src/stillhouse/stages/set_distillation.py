@@ -13,8 +13,8 @@ from stillhouse.artifact import Artifact
 from stillhouse.engine.job import Job
 from stillhouse.errors import RecipeError
 from stillhouse.method import Method, MethodConfig
-from stillhouse.parts.augment import DSA
-from stillhouse.parts.distilled_set import DistilledSet
+from stillhouse.parts.augment import DSA, LAYERED_TRAINING
+from stillhouse.parts.distilled_set import Decode, DistilledSet
 from stillhouse.stages.fresh_nets import GIVEN, fresh_net
 from stillhouse.stages.initial_set import (
     Init,
@@ -24,7 +24,13 @@ from stillhouse.stages.initial_set import (
     preprocessing_of,
     set_of,
 )
-from stillhouse.stages.judge_distilled_set import Judging, Protocol, accuracies, judge_distilled_set
+from stillhouse.stages.judge_distilled_set import (
+    Judging,
+    Label,
+    Protocol,
+    accuracies,
+    judge_distilled_set,
+)
 from stillhouse.stages.tune import best_of
 
 _PROTOCOL = "released evaluate_synset of Dataset Condensation"
@@ -36,7 +42,8 @@ class SetConfig(MethodConfig):
     shared: ClassVar[frozenset[str]] = frozenset(
         {
             "ipc", "space", "mean", "std", "augment", "judge_epochs", "judge_batch", "judge_lr",
-            "judge_nets", "full_epochs", "full_batch", "cross", "cross_nets",
+            "judge_nets", "judge_protocol", "judge_augment", "against", "full_epochs", "full_batch",
+            "cross", "cross_nets",
         }
     )  # fmt: skip
 
@@ -67,10 +74,22 @@ class SetConfig(MethodConfig):
         "none; without flip for digits: color_crop_cutout_scale_rotate",
         json_schema_extra={"source": "released code of DSA"},
     )
+    judge_protocol: Literal["dc", "ncfm"] = Field(
+        "dc",
+        description="how the judge trains: dc, SGD with a tenth of the rate in the second half; "
+        "ncfm, AdamW, the rate halved at every fifth, layered augmentation and CutMix",
+        json_schema_extra={"source": "released codes of Dataset Condensation and of NCFM"},
+    )
+    judge_augment: str | None = Field(
+        None,
+        description="augmentation of the judge's trainings where it differs from that of "
+        "matching; none: augment (dc), color_crop_flip_scale_rotate (ncfm)",
+        json_schema_extra={"source": "released NCFM: other families than in matching"},
+    )
     judge_epochs: int = Field(
         1000,
         ge=0,
-        description="E of the judge's trainings (E + 1 epochs are run)",
+        description="E of the judge's trainings (dc runs E + 1 epochs, as released)",
         json_schema_extra={"source": "released evaluate_synset: 1000 with augmentation"},
     )
     judge_batch: int = Field(
@@ -127,32 +146,29 @@ class SetConfig(MethodConfig):
         json_schema_extra={"source": "house setting"},
     )
 
-    @field_validator("augment")
+    @field_validator("augment", "judge_augment")
     @classmethod
-    def _known_families(cls, value: str) -> str:
+    def _known_families(cls, value: str | None) -> str | None:
         try:
-            DSA(value)
+            DSA(value or "none")
         except RecipeError as error:
             raise ValueError(str(error)) from None
         return value
 
     def protocol(self) -> Protocol:
         """How the judge trains on a small set."""
-        return Protocol(
-            epochs=self.judge_epochs,
-            batch=self.judge_batch,
-            lr=self.judge_lr,
-            augment=self.augment,
-        )
+        return self._protocol(self.judge_epochs, self.judge_batch)
 
     def full_protocol(self) -> Protocol:
         """How the judge trains on the full data."""
-        return Protocol(
-            epochs=self.full_epochs,
-            batch=self.full_batch,
-            lr=self.judge_lr,
-            augment=self.augment,
-        )
+        return self._protocol(self.full_epochs, self.full_batch)
+
+    def _protocol(self, epochs: int, batch: int) -> Protocol:
+        if self.judge_protocol == "dc":
+            augment = self.judge_augment or self.augment
+            return Protocol(epochs=epochs, batch=batch, lr=self.judge_lr, augment=augment)
+        augment = self.judge_augment or LAYERED_TRAINING
+        return Protocol.ncfm(epochs=epochs, batch=batch, lr=self.judge_lr, augment=augment)
 
 
 class SetDistillation(Method):
@@ -177,16 +193,25 @@ class SetDistillation(Method):
             hold_bytes=config.hold_mb << 20,
         )
 
-    def initial_set(self, job: Job, real: RealImages, init: Init) -> DistilledSet:
-        """The set before distillation, as a stage; equal for all entries under one seed."""
-        ipc = self.config.ipc
+    def initial_set(
+        self, job: Job, real: RealImages, init: Init, decode: Decode | None = None
+    ) -> DistilledSet:
+        """The set before distillation, as a stage; equal for all entries under one seed.
+
+        Args:
+            job: of the run.
+            real: what is chosen from.
+            init: see `initial_images`.
+            decode: of raw images, when the images are mosaics.
+        """
+        ipc, factor = self.config.ipc, 1 if decode is None else decode.factor
         # One stream for all entries, so that a method, its baselines and the judge's random
         # images begin with the same pictures.
         images = job.once(
             "initial images",
-            lambda: initial_images(real, ipc, init, job.rng("initial images")).cpu(),
+            lambda: initial_images(real, ipc, init, job.rng("initial images"), factor=factor).cpu(),
         )
-        return set_of(images, ipc, class_names(job), real.preprocessing)
+        return set_of(images, ipc, class_names(job), real.preprocessing, decode)
 
     def scanned_rate(
         self,
@@ -257,8 +282,38 @@ class SetDistillation(Method):
             distilled_of(artifact),
             lambda number: fresh_net(job, number),
             self.judging(job),
+            label=self.label(job, distilled_of(artifact)),
             share=self.share(job),
         )
+
+    def label(self, job: Job, distilled: DistilledSet) -> Label | None:
+        """What gives random real images labels of the set's own kind; needed for soft labels."""
+        return None
+
+    def evaluation(self, job: Job, objective: Any) -> Callable[[], dict[str, float]]:
+        """Figures of the set on validation data while it is being distilled.
+
+        Args:
+            job: of the stage "match"; the evaluations are children of it.
+            objective: has `distilled()` and `steps_done`.
+        """
+        config: Any = self.config
+
+        def evaluate() -> dict[str, float]:
+            found = accuracies(
+                job.child("match", f"evaluation-{objective.steps_done}"),
+                "val",
+                objective.distilled(),
+                config.protocol(),
+                lambda number: fresh_net(job, number),
+                nets=config.evaluate_nets,
+                split="val",
+            )
+            mean = sum(found) / len(found)
+            spread = (sum((a - mean) ** 2 for a in found) / len(found)) ** 0.5
+            return {"accuracy": mean, "accuracy_std": spread}
+
+        return evaluate
 
     def share(self, job: Job) -> dict[str, Any] | None:
         """What a network trained on the full data depends on besides data, seed and protocol.
@@ -297,18 +352,15 @@ class SetDistillation(Method):
     def _told(self, job: Job, distilled: DistilledSet) -> dict[str, str]:
         protocol = self.config.protocol()
         stored = distilled.storage
-        augmented = "no augmentation" if protocol.augment == "none" else protocol.augment
         return {
             "title": "How the set was judged",
             "text": (
-                f"{self.config.judge_nets} fresh networks, each trained on the set alone for "
-                f"{protocol.epochs + 1} epochs (SGD, learning rate {protocol.lr:g}, momentum "
-                f"{protocol.momentum:g}, weight decay {protocol.weight_decay:g}, batch "
-                f"{protocol.batch}, a tenth of the rate after epoch {protocol.epochs // 2 + 1}, "
-                f"{augmented}); the accuracy is that of the last epoch on "
+                f"{self.config.judge_nets} fresh networks, each trained on the set alone: "
+                f"{protocol.told()}; the accuracy is that of the last epoch on "
                 f"{job.splits.peek('test')} test images, mean and population deviation over the "
                 f"networks. Stored: {len(distilled)} images, {stored['pixels']} bytes of pixels, "
-                f"{stored['labels']} bytes of labels."
+                f"{stored['labels']} bytes of labels; {distilled.training_count} training "
+                "images are decoded from them."
             ),
         }
 
