@@ -172,9 +172,10 @@ class Bench:
     def variables(self, threads: int | None = None) -> dict[str, str]:
         """The environment variables of every side: fixed threads, no network, no telemetry."""
         count = str(threads or self.threads)
-        kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return {
-            **kept,
+            **os.environ,
+            # What is measured is the tree that this file lies in, whatever is installed.
+            "PYTHONPATH": str(ROOT / "src"),
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
             "TOKENIZERS_PARALLELISM": "false",

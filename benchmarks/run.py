@@ -44,6 +44,11 @@ def _order(row: str) -> tuple[int, str]:
     return int(digits or 0), row
 
 
+def _results() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
 def record(row: Row, name: str, *, quick: bool, seconds: float, threads: int) -> dict[str, Any]:
     """A row as it stands in results.json."""
     packages = ("stillhouse", "torch", "numpy")
@@ -81,7 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [row for row in asked.rows if row not in known]
     if unknown:
         parser.error(f"unknown row {', '.join(unknown)}; known: {', '.join(known)}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = 0
     for name in [] if asked.table else asked.rows or list(known):
         bench = Bench(quick=asked.quick, threads=asked.threads)
@@ -92,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
             failed = 1
             continue
+        results = _results()  # read again: another row may have been written meanwhile
         results[name] = record(
             row,
             name,
@@ -103,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         verdict = "met" if row.met else "missed"
         print(f"{name}: {verdict}; " + ", ".join(f"{k} {v:g}" for k, v in row.ratios.items()))
-    write_page(ROOT / "docs" / "performance.md", results, known)
+    write_page(ROOT / "docs" / "performance.md", _results(), known)
     return failed
 
 

@@ -10,15 +10,16 @@ import torch
 
 from stillhouse import catalogue
 from stillhouse.artifact import Artifact, plain_state
-from stillhouse.batch import read_rows
+from stillhouse.batch import read_block
 from stillhouse.clock import Views
 from stillhouse.engine.loop import Stage
 from stillhouse.engine.step import Training
 from stillhouse.errors import Interrupted, StillhouseError
-from stillhouse.launch import open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.method import StudentTraining
 from stillhouse.opening import open_artifact
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge
 
 ENTRIES = sorted(catalogue.entries())
@@ -58,8 +59,9 @@ def opened(entry: str, folder: Path):
     objective = method.objective(job, job.student(), teacher)
     if teacher is not None:
         teacher.bind(objective.wants, job.task)
-    source = job.splits["train"]
-    batch = read_rows(source, torch.arange(8), Views(0), job.task.collate)
+    order = method.order(job)
+    rows = order.epoch(0, lambda: torch.Generator().manual_seed(0))[0]
+    batch = read_block(order, rows, Views(0))
     return job, objective, teacher, batch
 
 
@@ -152,12 +154,13 @@ def test_gradient_reaches_the_trainable_parameters_and_no_teacher(entry, tmp_pat
 @pytest.mark.parametrize("entry", TRAININGS)
 def test_teacher_stays_and_is_not_in_the_state(entry, tmp_path):
     job, objective, teacher, _ = opened(entry, tmp_path)
+    order = open_method(job.recipe).order(job)
     if teacher is None:
         pytest.skip("this entry has no teacher")
     module = teacher.guest().module
     before = {k: v.clone() for k, v in module.state_dict().items()}
     own = sum(p.numel() for p in objective.parameters())
-    job.fit("student", objective, job.order("train"), teacher=teacher)
+    job.fit("student", objective, order, teacher=teacher)
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
     held = {id(p) for p in objective.parameters()}
     assert not held & {id(p) for p in module.parameters()}

@@ -391,3 +391,37 @@ def test_recipes_are_read_without_torch() -> None:
         "load_recipe({'method': 'kd', 'data': 'digits'}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_teacher_may_be_trained_on_data_of_its_own(tmp_path):
+    """It is normalised by that data, and another data set makes another teacher."""
+    from stillhouse.launch import open_job
+
+    def opened(folder, options):
+        spec = {
+            "method": "kd",
+            "data": {"name": "digits", "options": {"subset": 200, "image_size": 12}},
+            "teacher": {
+                "model": "stillhouse:small_cnn",
+                "options": {"widths": [4]},
+                "train": {"steps": 2, "batch": 8, "data": {"name": "digits", "options": options}},
+            },
+            "student": "stillhouse:small_cnn",
+        }
+        return open_job(load_recipe(spec), tmp_path / folder)
+
+    job = opened("a", {"canvas": 16, "val": 0})
+    teacher = job.teacher()
+    own = job.task.about["mean"]
+    assert teacher.net.mean.item() != pytest.approx(own[0], abs=1e-3)
+    assert len(list((job.cache / "shared").glob("teacher-*"))) == 1
+    opened("b", {"canvas": 20, "val": 0}).teacher()
+    opened("c", {"canvas": 16, "val": 0}).teacher()
+    assert len(list((job.cache / "shared").glob("teacher-*"))) == 2
+
+
+def test_bad_data_of_a_teacher_is_told():
+    spec = {"method": "kd", "data": "digits", "student": "stillhouse:small_cnn"}
+    teacher = {"model": "stillhouse:small_cnn", "train": {"data": "digts"}}
+    with pytest.raises(RecipeError, match=r"teacher.train.data.name: unknown data set 'digts'"):
+        load_recipe({**spec, "teacher": teacher})

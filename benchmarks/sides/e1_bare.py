@@ -5,14 +5,14 @@ from e1_pair import ALPHA, BATCH, MOMENTUM, RATE, STEPS, TEMPERATURE, Stamps, as
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 step = asked()
-teacher, student = pair(step)
+stamps = Stamps()
+teacher, student = pair(step, stamps)
 x, y = data()
 optimizer = torch.optim.SGD(student.parameters(), lr=RATE, momentum=MOMENTUM)
 student.train()
-stamps, done, total = Stamps(), 0, STEPS[step]
+done, total = 0, STEPS[step]
 while done < total:
     for rows in torch.randperm(len(x)).split(BATCH):
-        stamps()
         images, target = x[rows], y[rows]
         with torch.no_grad():
             soft = log_softmax(teacher(images) / TEMPERATURE, dim=1)

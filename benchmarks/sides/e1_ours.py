@@ -18,29 +18,17 @@ from e1_pair import (
 )
 
 import stillhouse as still
-from stillhouse.batch import Batch, TensorSource
-from stillhouse.clock import Views
+from stillhouse.batch import TensorSource
 
 step = asked()
-teacher, student = pair(step)
-x, y = data()
 stamps = Stamps()
-
-
-class Timed(TensorSource):
-    """Notes when each training batch is read."""
-
-    def read(self, rows, views: Views | None) -> Batch:
-        """As its base does."""
-        stamps()
-        return super().read(rows, views)
-
-
+teacher, student = pair(step, stamps)
+x, y = data()
 with tempfile.TemporaryDirectory() as folder:
     result = still.distill(
         teacher,
         student,
-        Timed({"x": x, "target": y}),
+        TensorSource({"x": x, "target": y}),
         test=TensorSource({"x": x[:256], "target": y[:256]}),
         method="kd",
         classes=CLASSES,

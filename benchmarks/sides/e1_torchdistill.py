@@ -9,7 +9,8 @@ from torchdistill.core.distillation import get_distillation_box
 
 logging.disable(logging.WARNING)
 step = asked()
-teacher, student = pair(step)
+stamps = Stamps()
+teacher, student = pair(step, stamps)
 total = STEPS[step]
 box = get_distillation_box(
     teacher,
@@ -57,11 +58,10 @@ box = get_distillation_box(
     False,
     1,
 )
-stamps, done = Stamps(), 0
+done = 0
 while done < total:
     box.pre_epoch_process(epoch=0)
     for images, targets, supplement in box.train_data_loader:
-        stamps()
         box.pre_forward_process()
         loss = box.forward_process(images, targets, supplement)
         box.post_forward_process(loss)

@@ -9,8 +9,8 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
 step = asked()
-teacher, student = pair(step)
 stamps = Stamps()
+teacher, student = pair(step, stamps)
 
 
 class Distiller(Trainer):
@@ -18,7 +18,6 @@ class Distiller(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Labels and soft targets."""
-        stamps()
         images, target = inputs["x"], inputs["labels"]
         with torch.no_grad():
             soft = log_softmax(teacher(images) / TEMPERATURE, dim=1)

@@ -1,4 +1,4 @@
-"""E4, ours: live, then with a store; the writing epoch is the capture and one epoch from it."""
+"""E4, ours: live, then with stores; a writing epoch is the capture and one epoch from it."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ class Timed(TensorSource):
         return super().read(rows, views)
 
 
-def run(folder: Path, store: str | None) -> list[float]:
+def run(folder: Path, store: dict | None) -> list[float]:
     """Seconds of the epochs of one training."""
     stamps.times = []
     still.distill(
@@ -48,18 +48,25 @@ def run(folder: Path, store: str | None) -> list[float]:
     return stamps.seconds()
 
 
+def stored(home: Path, dtype: str) -> dict[str, float]:
+    """Epochs and bytes of a training from a store of numbers of this kind."""
+    cached = run(home / dtype, {"path": str(home / "store" / dtype), "dtype": dtype, "batch": 256})
+    lines = map(json.loads, (home / dtype / "log.jsonl").read_text().splitlines())
+    capture = next(line for line in lines if line["event"] == "capture")
+    files = [p for p in (home / "store" / dtype).rglob("*") if p.is_file()]
+    return {
+        "writing": capture["seconds"] + min(cached),
+        "cached": min(cached),
+        "bytes": capture["bytes_per_record"],
+        "files": len(files),
+    }
+
+
 with tempfile.TemporaryDirectory() as place:
     home = Path(place)
-    live = run(home / "live", None)
-    cached = run(home / "stored", str(home / "store"))
-    lines = map(json.loads, (home / "stored" / "log.jsonl").read_text().splitlines())
-    capture = next(line for line in lines if line["event"] == "capture")
-    files = [p.stat().st_size for p in (home / "store").rglob("*") if p.is_file()]
+    half, whole = stored(home, "float16"), stored(home, "int8")
     tell(
-        live=min(live),
-        writing=capture["seconds"] + min(cached),
-        cached=min(cached),
-        bytes=capture["bytes_per_record"],
-        bytes_on_disk=sum(files) / len(x),
-        files=len(files),
+        live=min(run(home / "live", None)),
+        **half,
+        **{f"{name}, int8": value for name, value in whole.items()},
     )

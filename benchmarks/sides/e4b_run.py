@@ -1,4 +1,4 @@
-"""E4b: one training live, then the same from a store; the argument is the case."""
+"""E4b: one training live and the same from a store, in turn; the argument is the case."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def cifar(student: str) -> tuple[dict, dict]:
         "data": {
             "name": "cifar10",
             "options": {
-                "per_class": {"train": 48, "test": 5},
+                "per_class": {"train": 32, "test": 1},
                 "augment": "crop+flip",
                 "val": 0,
             },
@@ -35,7 +35,8 @@ def cifar(student: str) -> tuple[dict, dict]:
             },
         },
         "student": {"model": f"stillhouse:{student}"},
-        "budget": {"epochs": 5, "batch": 32, "lr": 0.05, "optimizer": "sgd"},
+        "budget": {"epochs": 4, "batch": 32, "lr": 0.05, "optimizer": "sgd"},
+        "compare": [],
     }
     return recipe, {"draws": 4, "batch": 32}
 
@@ -49,7 +50,7 @@ def labelling() -> tuple[dict, dict]:
         "method": "kd",
         "data": {
             "name": "cifar10",
-            "options": {"per_class": {"train": 10, "test": 2}, "image_size": 224, "val": 0},
+            "options": {"per_class": {"train": 10, "test": 1}, "image_size": 224, "val": 0},
         },
         "teacher": {
             "model": "torchvision:mobilenet_v2",
@@ -57,38 +58,50 @@ def labelling() -> tuple[dict, dict]:
         },
         "student": {"model": "stillhouse:convnet", "options": {"width": 8}},
         "settings": {"alpha": 1.0},
-        "budget": {"epochs": 5, "batch": 10, "lr": 0.01, "optimizer": "sgd"},
+        "budget": {"epochs": 3, "batch": 10, "lr": 0.01, "optimizer": "sgd"},
+        "compare": [],
     }
     return recipe, {"batch": 10}
 
 
 recipe, store = labelling() if case == "labelling" else cifar(case)
+draws = store.get("draws", 1)
 with tempfile.TemporaryDirectory() as folder:
     home = Path(folder)
 
-    def run(name: str) -> tuple[dict, dict]:
-        """The profile of the student's training, and its stage."""
+    def run(name: str) -> dict:
+        """The profile of the student's training."""
         result = launch.run(load_recipe(recipe), folder=home / name, progress=False, profiled=True)
-        return result.summary["profile"][-1], result.summary
+        return result.summary["profile"][-1]
 
-    live, summary = run("live")
-    recipe["teacher"]["store"] = {**store, "path": str(home / "store")}
-    stored, after = run("stored")
-    lines = map(json.loads, (home / "stored" / "log.jsonl").read_text().splitlines())
+    # Twice in turn, and of each the quicker one: what else the machine does lasts for seconds.
+    lives, storeds = [], []
+    for turn in range(2):
+        recipe["teacher"]["store"] = None
+        lives.append(run(f"live-{turn}"))
+        recipe["teacher"]["store"] = {**store, "path": str(home / "store")}
+        storeds.append(run(f"stored-{turn}"))
+    live = min(lives, key=lambda found: found["step_ms"])
+    stored = min(storeds, key=lambda found: found["step_ms"])
+    lines = map(json.loads, (home / "stored-0" / "log.jsonl").read_text().splitlines())
     capture = next(line for line in lines if line["event"] == "capture")
-    steps = round(5 * capture["records"] / store.get("draws", 1) / recipe["budget"]["batch"] / 5)
+    steps = -(-capture["records"] // draws // recipe["budget"]["batch"])
     teacher = live["ms"]["teacher"]
     student = live["step_ms"] - teacher
+    saved = live["step_ms"] - stored["step_ms"]
     print(
         json.dumps(
             {
                 "speedup": live["step_ms"] / stored["step_ms"],
                 "ceiling": live["step_ms"] / student,
                 "reached": student / stored["step_ms"],
+                "live_ms": live["step_ms"],
+                "student_ms": student,
+                "stored_ms": stored["step_ms"],
+                "steps": steps,
+                "records": capture["records"],
                 "capture_epochs": capture["seconds"] * 1e3 / (live["step_ms"] * steps),
-                "break_even": capture["seconds"]
-                * 1e3
-                / ((live["step_ms"] - stored["step_ms"]) * steps),
+                "break_even": capture["seconds"] * 1e3 / (saved * steps),
                 "reading_ms": stored["ms"]["teacher"],
                 "bytes": capture["bytes_per_record"],
             }

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from stillhouse.engine.loop import Stage
-from stillhouse.launch import open_job, open_method
+from stillhouse.launch import open_job
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 
 ITERATIONS = 6
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,8 +15,10 @@ from stillhouse.clock import Views
 from stillhouse.errors import DataError, nearest
 
 Sample = dict[str, Any]
-Rows = Tensor
+# What one step reads: (B,) int64 positions in a source, or `StreamRows` of several sources.
+Rows = Any
 
+_TOGETHER_BYTES = 1 << 18  # read at once it is still in the processor's cache when it is used
 RESERVED = ("id", "draw", "rows", "of", "target", "weight", "mask")
 
 
@@ -34,6 +38,9 @@ class Batch(dict[str, Any]):
         ids = self.get("id")
         if ids is not None:
             return len(ids)
+        streams = self.streams
+        if streams:
+            return sum(stream.size for stream in streams.values())
         for key, value in self.items():
             if key in {"rows", "of", "draw"}:
                 continue
@@ -46,13 +53,27 @@ class Batch(dict[str, Any]):
         raise DataError("a batch without rows: it holds no tensor or list")
 
     @property
+    def streams(self) -> dict[str, Batch]:
+        """The nested batches by name, when this batch holds nothing else; else empty.
+
+        Streams have rows of their own, of different number: labelled and unlabelled samples.
+        """
+        nested = {k: v for k, v in self.items() if k not in {"rows", "of", "draw"}}
+        whole = bool(nested) and all(isinstance(value, Batch) for value in nested.values())
+        return nested if whole else {}
+
+    @property
     def of(self) -> int:
         """Rows of the global batch this one is a part of (its own size when alone)."""
-        return int(self["of"]) if "of" in self else self.size
+        if "of" in self:
+            return int(self["of"])
+        self._refuse_streams("has no rows of its own")
+        return self.size
 
     @property
     def rows(self) -> Tensor:
         """(B,) positions of the rows in the global batch."""
+        self._refuse_streams("has no rows of its own")
         rows = self.get("rows", slice(0, self.size))
         return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
@@ -70,6 +91,8 @@ class Batch(dict[str, Any]):
         Raises:
             DataError: no such view; the nearest are named.
         """
+        if path in self:
+            return self[path]
         found: Any = self
         for part in path.split("/"):
             if not isinstance(found, dict) or part not in found:
@@ -80,15 +103,27 @@ class Batch(dict[str, Any]):
 
     def select(self, rows: Tensor) -> Batch:
         """The rows whose numbers (int64) or flags (bool) are given, in that order."""
+        self._refuse_streams("cannot be selected from by row")
         if rows.dtype == torch.bool:
             rows = rows.nonzero().squeeze(1)
         chosen = {k: _take(v, rows) for k, v in self.items() if k not in {"rows", "of"}}
         return Batch(chosen, rows=self.rows[rows.cpu()], of=self.of)
 
     def split(self, pieces: int) -> list[Batch]:
-        """`pieces` contiguous micro-batches of nearly equal size; empty ones are left out."""
+        """`pieces` contiguous micro-batches of nearly equal size; empty ones are left out.
+
+        Of streams each piece holds a share of every stream, which may be no row at all.
+        """
         if pieces <= 1:
             return [self]
+        streams = self.streams
+        if streams:
+            parts = [Batch() for _ in range(pieces)]
+            for name, stream in streams.items():
+                for piece, part in enumerate(parts):
+                    start, stop = (stream.size * (piece + k) // pieces for k in (0, 1))
+                    part[name] = stream.narrow(start, stop)
+            return [part for part in parts if part.size > 0]
         size, start = self.size, 0
         parts = []
         for piece in range(pieces):
@@ -97,6 +132,14 @@ class Batch(dict[str, Any]):
                 parts.append(self.narrow(start, stop))
             start = stop
         return parts
+
+    def cut(self, sizes: Sequence[int]) -> list[Batch]:
+        """Consecutive pieces of these sizes, as views on the same memory, one call per view.
+
+        For a batch as a source gives it: `rows` and `of` are left out.
+        """
+        whole = {k: _pieces(v, sizes) for k, v in self.items() if k not in {"rows", "of"}}
+        return [Batch({k: v[n] for k, v in whole.items()}) for n in range(len(sizes))]
 
     def narrow(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) as a view on the same memory."""
@@ -107,6 +150,11 @@ class Batch(dict[str, Any]):
         else:
             rows = rows[start:stop]
         return Batch(cut, rows=rows, of=self.of)
+
+    def _refuse_streams(self, what: str) -> None:
+        if "id" not in self and self.streams:
+            names = ", ".join(f"'{name}'" for name in self.streams)
+            raise DataError(f"a batch of streams {what}; take one of them: {names}")
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`; itself when it is there already."""
@@ -133,6 +181,17 @@ def _take(value: Any, rows: Tensor) -> Any:
     if isinstance(value, list):
         return [value[i] for i in rows.tolist()]
     return value
+
+
+def _pieces(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
+    if isinstance(value, Tensor) and value.ndim:
+        return torch.split(value, list(sizes))
+    if isinstance(value, Batch):
+        return value.cut(sizes)
+    if isinstance(value, list):
+        ends = list(itertools.accumulate(sizes))
+        return [value[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [value] * len(sizes)
 
 
 def _cut(value: Any, start: int, stop: int) -> Any:
@@ -221,6 +280,13 @@ class TensorSource:
             batch = self.augment(batch, Views(seed))
         return {k: v[0] for k, v in batch.items()}
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that is read; 0 when a reading is more than its rows, one by one."""
+        if self.augment is not None or type(self).read is not TensorSource.read:
+            return 0
+        return sum(_row_bytes(v, self.scale) for v in self.views.values())
+
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """The samples at positions `rows`; augmented unless `views` is None."""
         batch = self._gather(rows)
@@ -240,6 +306,13 @@ class TensorSource:
                 taken = taken.float().div_(255.0)
             batch[name] = taken
         return batch
+
+
+def _row_bytes(value: Any, scale: bool) -> int:
+    if not isinstance(value, Tensor):
+        return 64
+    widened = 4 if scale and value.dtype == torch.uint8 else 1
+    return int(value[0].numel()) * value.element_size() * widened
 
 
 def _content_hash(name: str, views: Mapping[str, Any], ids: Tensor, augment: Any) -> str:
@@ -290,9 +363,91 @@ class Subset:
         find = getattr(self.source, "id_of", None)
         return int(find(inner)) if find is not None else inner
 
+    @property
+    def row_bytes(self) -> int:
+        """Of the source; 0 where it does not say."""
+        return int(getattr(self.source, "row_bytes", 0))
+
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """As the source reads; see `read_rows`."""
         return read_rows(self.source, self.rows[rows], views)
+
+
+class Joined:
+    """Several sources one after another, read as one; ids stay those of the sources.
+
+    A view that one of them lacks (the target of unlabelled rows) is left out.
+
+    Args:
+        sources: at least one.
+
+    Attributes:
+        sources: as given.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        if not sources:
+            raise DataError("nothing to join: no source is given")
+        self.sources = list(sources)
+        self._ends = torch.tensor([len(source) for source in self.sources]).cumsum(0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the sources, in order."""
+        text = "|".join(source.fingerprint for source in self.sources)
+        return hashlib.sha256(f"joined|{text}".encode()).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        number = int(torch.searchsorted(self._ends, index, right=True))
+        source = self.sources[number]
+        return source, index - int(self._ends[number]) + len(source)
+
+    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
+        source, index = self._place(int(item[0]))
+        return source[index, item[1]]
+
+    def id_of(self, index: int) -> int:
+        """The content id of position `index`."""
+        source, own = self._place(int(index))
+        find = getattr(source, "id_of", None)
+        return int(find(own)) if find is not None else own
+
+    def read(self, rows: Tensor, views: Views | None) -> Batch:
+        """As the sources read, in the order of `rows`."""
+        owner = torch.searchsorted(self._ends, rows, right=True)
+        pieces, places = [], []
+        for number, source in enumerate(self.sources):
+            own = (owner == number).nonzero()[:, 0]
+            if len(own):
+                first = int(self._ends[number]) - len(source)
+                pieces.append(read_rows(source, rows[own] - first, views))
+                places.append(own)
+        joined = _concatenated(pieces)
+        return Batch({k: _take(v, torch.cat(places).argsort()) for k, v in joined.items()})
+
+
+def together(splits: Mapping[str, Source], roles: Sequence[str]) -> Source:
+    """The splits of these roles as one source: itself when there is one."""
+    return splits[roles[0]] if len(roles) == 1 else Joined([splits[role] for role in roles])
+
+
+def _concatenated(pieces: Sequence[Batch]) -> Batch:
+    """Batches under one another: the views that all of them have."""
+    if len(pieces) == 1:
+        return pieces[0]
+    joined = Batch()
+    for name in [key for key in pieces[0] if all(key in piece for piece in pieces)]:
+        values = [piece[name] for piece in pieces]
+        if isinstance(values[0], Tensor) and values[0].ndim > 0:
+            joined[name] = torch.cat(values)
+        elif isinstance(values[0], list):
+            joined[name] = [entry for value in values for entry in value]
+        else:
+            joined[name] = values[0]
+    return joined
 
 
 def read_rows(
@@ -419,8 +574,181 @@ class Shuffled:
 
     def read(self, rows: Rows, views: Views) -> Batch:
         """The samples at `rows`, augmented by the epoch's draw."""
-        chance = Views(views.seed, views.epoch, self.draws) if self.augment else None
+        chance: Views | None = views
+        if not self.augment:
+            chance = None
+        elif views.draws != self.draws:
+            chance = Views(views.seed, views.epoch, self.draws)
         return read_rows(self.source, rows, chance, self.collate)
+
+    @property
+    def together(self) -> int:
+        """How many small steps are read at once, which gives what reading them singly gives."""
+        row = int(getattr(self.source, "row_bytes", 0))
+        return max(1, _TOGETHER_BYTES // (row * self.batch)) if row else 1
+
+    def read_together(self, steps: Sequence[Rows], views: Views) -> list[Batch]:
+        """The batches of several steps: one gather, then views on it."""
+        whole = self.read(torch.cat(list(steps)), views)
+        return whole.cut([len(rows) for rows in steps])
+
+
+@dataclass(frozen=True)
+class StreamRows:
+    """What one step, or one process in it, reads of each stream.
+
+    Attributes:
+        rows: stream to (B,) int64 positions in its source; B differs between streams.
+        passes: stream to how often it had been begun before: its augmentation number.
+        starts: stream to the place of its first row in the stream's global batch.
+        of: stream to the rows of its global batch.
+    """
+
+    rows: Mapping[str, Tensor]
+    passes: Mapping[str, int]
+    starts: Mapping[str, int]
+    of: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.rows.values())
+
+    def block(self, rank: int, world: int) -> StreamRows:
+        """The share of one process: a contiguous block of each stream.
+
+        Raises:
+            DataError: a stream has fewer rows than there are processes.
+        """
+        if world == 1:
+            return self
+        rows, starts = {}, {}
+        for name, whole in self.rows.items():
+            if len(whole) < world:
+                raise DataError(
+                    f"the stream '{name}' reads {len(whole)} rows in a step, too few for {world} "
+                    "processes: give it a larger batch or more rows"
+                )
+            start, stop = (len(whole) * (rank + k) // world for k in (0, 1))
+            rows[name], starts[name] = whole[start:stop], self.starts[name] + start
+        return StreamRows(rows, self.passes, starts, self.of)
+
+
+class Streams:
+    """Several sources read side by side: labelled and unlabelled samples in one step.
+
+    A batch holds a nested batch for each stream (`batch.view("unlabelled/x")`). Every stream
+    goes through its own source in an order of its own, pass after pass. One of them drives: an
+    epoch is one pass through it, and the others are cycled, begun anew in each epoch. Or the
+    streams are zipped: an epoch ends where the shortest ends. A stream that is cycled gets new
+    augmentations in every pass.
+
+    The batches of a pass differ by one row at most; so 65 rows in batches of 64 are 33 and 32.
+
+    Args:
+        streams: name to (source, rows of its global batch).
+        drive: the stream that drives, or "zip".
+        drop_last: batches are full, and what is left over of a pass is not read in it.
+        draws: number of different augmentations of a sample; None for a new one each pass.
+        augment: False reads every sample as it is.
+        collate: joins samples of sources without a batched fast path.
+
+    Attributes:
+        source: the sources joined, whose fingerprint stands for the data.
+
+    Raises:
+        DataError: no such stream; a source is empty; no full batch fits when `drop_last`.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, tuple[Source, int]],
+        *,
+        drive: str = "unlabelled",
+        drop_last: bool = False,
+        draws: int | None = None,
+        augment: bool = True,
+        collate: Callable[[list[Sample]], Batch] | None = None,
+    ) -> None:
+        if drive != "zip" and drive not in streams:
+            raise DataError(
+                f"no stream is called '{drive}', which is to drive{nearest(drive, streams)} "
+                "(or 'zip')"
+            )
+        self.streams = {
+            name: Shuffled(
+                source, size, drop_last=drop_last, draws=draws, augment=augment, collate=collate
+            )
+            for name, (source, size) in streams.items()
+        }
+        self.drive, self.drop_last, self.draws, self.augment = drive, drop_last, draws, augment
+        self.source = Joined([order.source for order in self.streams.values()])
+
+    def __len__(self) -> int:
+        if self.drive == "zip":
+            return min(len(order) for order in self.streams.values())
+        return len(self.streams[self.drive])
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[StreamRows]:
+        """The rows of each step: passes through every stream, cut into batches."""
+        chance, steps = rng(), len(self)
+        batches: dict[str, list[tuple[int, Tensor]]] = {}
+        for name, order in self.streams.items():
+            passes = -(-steps // len(order))
+            batches[name] = [
+                (number * passes + again, rows)
+                for again in range(passes)
+                for rows in self._cut(order, torch.randperm(len(order.source), generator=chance))
+            ][:steps]
+        made = []
+        for step in range(steps):
+            taken = {name: read[step] for name, read in batches.items()}
+            rows = {name: own for name, (_, own) in taken.items()}
+            made.append(
+                StreamRows(
+                    rows,
+                    {name: again for name, (again, _) in taken.items()},
+                    dict.fromkeys(rows, 0),
+                    {name: len(own) for name, own in rows.items()},
+                )
+            )
+        return made
+
+    def _cut(self, order: Shuffled, rows: Tensor) -> Sequence[Tensor]:
+        if self.drop_last:
+            return torch.split(rows, order.batch)[: len(order)]
+        return torch.tensor_split(rows, len(order))
+
+    def read(self, rows: StreamRows, views: Views) -> Batch:
+        """A batch of nested batches, each with its place in the stream's global batch."""
+        batch = Batch()
+        for name, own in rows.rows.items():
+            part = self.streams[name].read(own, Views(views.seed, rows.passes[name]))
+            start = rows.starts[name]
+            part["rows"], part["of"] = slice(start, start + len(own)), rows.of[name]
+            batch[name] = part
+        return batch
+
+
+def read_block(order: Order, rows: Rows, views: Views, rank: int = 0, world: int = 1) -> Batch:
+    """What one of several processes reads of a step: a contiguous block of it.
+
+    Args:
+        order: of the training.
+        rows: of the step, as the order gives them.
+        views: the chance of this reading.
+        rank: of this process.
+        world: number of processes.
+
+    Returns:
+        The batch with `rows` and `of`, its place in the global batch; of streams each has its
+        own.
+    """
+    if isinstance(rows, StreamRows):
+        return order.read(rows.block(rank, world), views)
+    whole = len(rows)
+    start, stop = whole * rank // world, whole * (rank + 1) // world
+    batch = order.read(rows[start:stop] if world > 1 else rows, views)
+    batch["rows"], batch["of"] = slice(start, stop), whole
+    return batch
 
 
 class Draws:
@@ -482,9 +810,11 @@ class ByClass:
 
 
 class Splits(Mapping[str, Source]):
-    """The parts of a data set by role: train, val, test, unlabelled, transfer ...
+    """The parts of a data set by role: train, val, test, unlabelled, transfer, full ...
 
-    `test` opens only inside `judging()`, so that nothing can be chosen by it.
+    `full` is there where students see only a part of the training data: that part is their
+    `train`, and whoever teaches is trained on `full`. `test` opens only inside `judging()`, so
+    that nothing can be chosen by it.
 
     Args:
         sources: role to source.
@@ -527,6 +857,15 @@ class Splits(Mapping[str, Source]):
         """Of every split."""
         parts = sorted(f"{k}:{v.fingerprint}" for k, v in self._sources.items())
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+
+    def of_teachers(self) -> Splits:
+        """The splits as teachers are trained on them: `train` is all of it."""
+        if "full" not in self._sources:
+            return self
+        whole = {role: source for role, source in self._sources.items() if role != "full"}
+        found = Splits({**whole, "train": self._sources["full"]}, self.edition, self.about)
+        found._open = self._open
+        return found
 
     def judging(self) -> Splits:
         """The same splits with `test` open; only judges call this."""

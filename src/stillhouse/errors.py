@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class StillhouseError(Exception):
@@ -11,6 +11,18 @@ class StillhouseError(Exception):
 
 class RecipeError(StillhouseError):
     """A recipe says something that cannot be: unknown name, wrong type, value out of range."""
+
+
+class OptionError(RecipeError):
+    """Options of a data set that cannot be.
+
+    Attributes:
+        wrong: option to what is wrong with it; "" for the options as a whole.
+    """
+
+    def __init__(self, wrong: Mapping[str, str]) -> None:
+        super().__init__("\n".join(wrong.values()))
+        self.wrong = dict(wrong)
 
 
 class DataError(StillhouseError):

@@ -128,7 +128,8 @@ def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | N
     draw = torch.Generator().manual_seed(0)
     predictor = artifact.predictor
     settings = predictor.settings if predictor is not None else {}
-    reads = settings.get("input", artifact.meta.get("about", {}).get("input"))
+    about = artifact.meta.get("about", {})
+    reads = settings.get("input", about.get("input"))
     if shape is not None:
         return torch.rand(2, *shape, generator=draw)
     reader: Any = getattr(module, "reader", None)
@@ -138,9 +139,9 @@ def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | N
         return _hugging_face_view(module, reads, draw)
     if isinstance(reads, list | tuple):
         return torch.rand(2, *reads, generator=draw)
-    if isinstance(reads, Mapping) and {"vocabulary", "length"} <= set(reads):
+    if isinstance(reads, Mapping) and "length" in reads and "vocabulary" in about:
         size = (2, int(reads["length"]))
-        return torch.randint(1, int(reads["vocabulary"]), size, generator=draw)
+        return torch.randint(1, int(about["vocabulary"]), size, generator=draw)
     if "scale" in settings:
         colours = next(p for p in module.parameters() if p.ndim == 4).shape[1]
         return torch.rand(2, colours, _SIDE, _SIDE, generator=draw)
@@ -388,6 +389,11 @@ def _torch_note(source: Source, about: Mapping[str, Any]) -> str:
         ]
     else:
         lines += ["", f"model = ...  # build your {type(source.module).__name__} here"]
+    if model.get("altered"):
+        lines += [
+            "from stillhouse.artifact import altered",
+            f"model = altered(model, {{'altered': {model['altered']!r}}})",
+        ]
     lines += ['model.load_state_dict(load_file("model.safetensors"))', "model.eval()", "```"]
     if about["mean"] is not None:
         lines += [

@@ -165,9 +165,13 @@ class StudentTraining(Method):
         teacher = job.teacher() if self.wants_teacher() else None
         student = job.student()
         objective = self.objective(job, student, teacher)
-        job.fit("student", objective, job.order("train"), teacher=teacher, **self.training(job))
+        job.fit("student", objective, self.order(job), teacher=teacher, **self.training(job))
         artifact: Artifact = job.model_artifact(objective.export())
         return artifact
+
+    def order(self, job: Any) -> Any:
+        """What is read, in which order: the training split."""
+        return job.order("train")
 
     def training(self, job: Any) -> dict[str, Any]:
         """Further arguments of `job.fit`, such as the gradient."""

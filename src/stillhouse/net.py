@@ -109,6 +109,22 @@ class Net(nn.Module):
             raise ModelError(f"the head '{self.head()}' is a {type(layer).__name__}, not a Linear")
         return layer
 
+    def place_head(self, head: nn.Module, *, linear: str = "") -> None:
+        """Put another module in the place of the last linear layer; taps of the old one follow.
+
+        Args:
+            head: takes what the old layer took.
+            linear: path within `head` of what is now the last linear layer; "" when it is
+                `head` itself.
+        """
+        path = self.head()
+        self.module.set_submodule(path, head)
+        self._head = f"{path}.{linear}" if linear else path
+        for alias, tapped in list(self.taps.items()):
+            if tapped.partition(":")[0].partition("@")[0] == path:
+                del self.taps[alias]  # its hook went with the old layer
+                self.add_tap(alias, tapped)
+
     def add_tap(self, alias: str, path: str | None = None) -> None:
         """Catch what passes at `path` under the name `alias`, from the next forward on.
 
@@ -175,8 +191,9 @@ class Net(nn.Module):
             ModelError: a tapped module did not run, ran several times without `@`, or gives
                 values without a gradient while training (reentrant checkpointing).
         """
-        if self.mean is not None and isinstance(view, Tensor):
-            view = (view - self.mean) / (1.0 if self.std is None else self.std)
+        mean = self._buffers["mean"]  # a module's own way to its buffers is slow
+        if mean is not None and isinstance(view, Tensor):
+            view = (view - mean) / (1.0 if self.std is None else self.std)
         if not self.taps:
             return self._named(self._call(view))
         self._caught, self._calls, self._armed = {}, {}, True

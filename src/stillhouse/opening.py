@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,13 @@ from torch import nn
 from stillhouse.artifact import (
     Artifact,
     Predictor,
+    altered,
     read_description,
+    read_file,
     read_records,
     read_tensors,
     restore_weights,
+    trusted,
 )
 from stillhouse.errors import CheckpointError
 from stillhouse.models.loading import load_model
@@ -39,11 +40,14 @@ def open_artifact(folder: Path | str, module: nn.Module | None = None) -> Artifa
     about = read_description(folder)
     artifact = Artifact(about["kind"], model=about.get("model", {}), meta=about.get("meta", {}))
     if (folder / "tensors.safetensors").exists():
-        artifact.tensors = read_tensors(folder / "tensors.safetensors")
+        held = read_tensors(folder / "tensors.safetensors", about)
+        # Copies of their own: the file's bytes may lie at odd addresses, where kernels may add
+        # in another order.
+        artifact.tensors = {name: value.clone() for name, value in held.items()}
     if (folder / "labels.jsonl").exists():
-        artifact.records = list(read_records(folder / "labels.jsonl"))
+        artifact.records = read_records(folder / "labels.jsonl", about)
     if (folder / "sheet.png").exists():
-        artifact.sheet = (folder / "sheet.png").read_bytes()
+        artifact.sheet = read_file(folder / "sheet.png", about)
     if "predictor" in about:
         artifact.predictor = _predictor(folder, about, module)
     for name in about.get("attachments", ()):
@@ -68,6 +72,7 @@ def _predictor(folder: Path, about: dict[str, Any], module: nn.Module | None) ->
             weights=None,
             about=about.get("meta", {}).get("about", {}),
         )
+    module = altered(module, model)
     restore_weights(module, folder)
     kind = predictor_class(about["predictor"]["class"])
     return kind.restore(as_net(module, about.get("net") or {}), about["predictor"]["settings"])
@@ -81,21 +86,12 @@ def as_net(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
 def predictor_class(name: str) -> type[Predictor]:
     """The class of a predictor, from this package or one that adds methods to it.
 
-    An artifact names a class; importing whatever it names would let a folder run code, so
-    only packages that are known to the catalogue are accepted.
+    An artifact names a class; only packages that are known to the catalogue are accepted.
 
     Raises:
         CheckpointError: another package, or no predictor.
     """
-    module_name, _, class_name = name.partition(":")
-    known = {"stillhouse"}
-    known |= {e.value.split(":")[0].split(".")[0] for e in entry_points(group="stillhouse.methods")}
-    if module_name.split(".")[0] not in known:
-        raise CheckpointError(
-            f"the artifact's predictor '{name}' is not of a package that adds methods "
-            f"({', '.join(sorted(known))})"
-        )
-    found = getattr(importlib.import_module(module_name), class_name, None)
+    found = trusted(name, "the artifact's predictor")
     if not (isinstance(found, type) and issubclass(found, Predictor)):
         raise CheckpointError(f"'{name}' is no predictor")
     return found

@@ -163,6 +163,22 @@ class BudgetSpec(Section):
         return self
 
 
+class TrainSpec(BudgetSpec):
+    """How a teacher is trained before it teaches."""
+
+    data: DataSpec | None = Field(
+        default=None,
+        description="data of the teacher's own, which it is also normalised by; none: the run's",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_data(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("data"), str):
+            return {**given, "data": {"name": given["data"]}}
+        return given
+
+
 class StoreSpec(Section):
     """A teacher's outputs on disk: computed once, read in every epoch after."""
 
@@ -178,7 +194,9 @@ class StoreSpec(Section):
     k: Count = Field(default=16, description="classes kept per row by topk, truncate and sample")
     temperature: Positive = Field(default=1.0, description="at which probabilities are kept")
     dtype: Literal["float16", "float32", "bfloat16", "int8"] = Field(
-        default="float16", description="numbers on disk"
+        default="float16",
+        description="numbers on disk; int8: a byte each, with a scale and a zero point per vector "
+        "(a quarter of float32), off by 1/508 of the vector's range at most",
     )
     draws: Count | None = Field(
         default=None, description="augmented views stored per sample; none: only the plain one"
@@ -274,7 +292,7 @@ class TeacherSpec(Section):
         description="keep the teacher's outputs on disk (true, a folder, or settings); alone: "
         "the folder of a store made before",
     )
-    train: BudgetSpec | None = Field(
+    train: TrainSpec | None = Field(
         default=None, description="train the teacher first, as a stage, with this budget"
     )
     fingerprint: Text | None = Field(
@@ -337,7 +355,9 @@ class HardwareSpec(Section):
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = Field(
         default="32-true", description="of parameters and arithmetic"
     )
-    threads: Count | None = Field(default=None, description="CPU threads; none: as torch chooses")
+    threads: Annotated[int, Strict(), Field(ge=1, le=1024)] | None = Field(
+        default=None, description="CPU threads; none: as torch chooses"
+    )
     workers: Annotated[int, Strict(), Field(ge=0)] = Field(
         default=0, description="processes that read data ahead"
     )
@@ -420,7 +440,11 @@ class Recipe(Section):
 
     def refusal(self, field: str, message: str) -> RecipeError:
         """An error about one field, with its place, to be raised by who finds it."""
-        return RecipeError(f"{self.where(field)}: {field}: {message}")
+        return RecipeError(self.placed(field, message))
+
+    def placed(self, field: str, message: str) -> str:
+        """A message about one field behind its place and name: "kd.yaml:12: data: ..."."""
+        return f"{self.where(field)}: {field}: {message}"
 
 
 def _exactly_one(section: Section, names: Sequence[str], what: str) -> None:
@@ -539,7 +563,8 @@ def _find(source: str | Path) -> Path:
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         folder = path.parent if path.parent.is_dir() else Path()
         beside = [p.name for p in folder.glob("*.y*ml")]
-        raise RecipeError(f"there is no recipe file {path}{nearest(path.name, beside)}")
+        hint = nearest(path.name, beside) if beside else ""
+        raise RecipeError(f"there is no recipe file {path}{hint}")
     if name in catalogue.entries():
         raise RecipeError(
             f"'{name}' has no recipe of its own (recipes/{name}.yaml); write a recipe file with "
@@ -680,6 +705,10 @@ def _unknown_names(recipe: Recipe) -> Iterable[str]:
         yield _place(recipe, "task", f"unknown task '{task}'", task, tasks)
     if data != GIVEN and ":" not in data and data not in sets:
         yield _place(recipe, "data.name", f"unknown data set '{data}'", data, sets)
+    train = recipe.teacher.train if recipe.teacher is not None else None
+    own = train.data.name if train is not None and train.data is not None else data
+    if own != data and ":" not in own and own not in sets:
+        yield _place(recipe, "teacher.train.data.name", f"unknown data set '{own}'", own, sets)
 
 
 def _place(recipe: Recipe, field: str, what: str, name: str, known: Iterable[str]) -> str:
@@ -768,7 +797,7 @@ def explain(
     details = error.errors(include_url=False)
     for detail in sorted(details, key=lambda d: origin.order((*under, *d["loc"]))):
         location = (*under, *detail["loc"])
-        what = _sentence(detail, model)
+        what = what_is_wrong(detail, model)
         name = dotted(location)
         line = f"{origin.at(location)}: {name}: {what}" if name else f"{origin.name}: {what}"
         if line not in lines:
@@ -800,7 +829,13 @@ _BOUNDS = {
 }
 
 
-def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
+def what_is_wrong(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """One mistake in the house's words, without its place.
+
+    Args:
+        detail: one entry of pydantic's `ValidationError.errors()`.
+        model: the model that was validated, for the names of its fields.
+    """
     kind, context = detail["type"], detail.get("ctx", {})
     found = _kind(detail["input"])
     if kind == "extra_forbidden":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -67,6 +67,16 @@ class Want(NamedTuple):
         who = "" if self.who == "teacher" else f"{self.who}."
         return f"{who}{view}{self.field}"
 
+    @property
+    def stream(self) -> str:
+        """The stream whose rows are asked about ("unlabelled" of "unlabelled/x"), or ""."""
+        return self.view.rpartition("/")[0]
+
+    @property
+    def within(self) -> Want:
+        """The same want as seen from inside its stream."""
+        return self._replace(view=self.view.rpartition("/")[2])
+
 
 class Knowledge(Mapping[str, Value]):
     """What a teacher said about a batch.
@@ -83,6 +93,35 @@ class Knowledge(Mapping[str, Value]):
     def __init__(self, values: Mapping[str, Value], valid: Tensor | None = None) -> None:
         self._values = dict(values)
         self.valid = valid
+        self._streams: dict[str, Knowledge] = {}
+
+    @classmethod
+    def of_streams(cls, streams: Mapping[str, Knowledge]) -> Knowledge:
+        """What was said about each stream of a batch.
+
+        Values are found under `streams` keys ("unlabelled/x:logits") and by `stream`, which
+        also says on which rows of the stream the teacher has spoken.
+        """
+        values = {
+            f"{name}/{key if ':' in key else 'x:' + key}": value
+            for name, said in streams.items()
+            for key, value in said.items()
+        }
+        joined = cls(values)
+        joined._streams = dict(streams)
+        return joined
+
+    def stream(self, name: str) -> Knowledge:
+        """What the teacher said about one stream, under the keys of a plain batch.
+
+        Raises:
+            TeacherError: it was not asked about that stream.
+        """
+        if name not in self._streams:
+            raise TeacherError(
+                f"the teacher was not asked about the stream '{name}'{nearest(name, self._streams)}"
+            )
+        return self._streams[name]
 
     @property
     def tap(self) -> dict[str, Value]:
@@ -116,6 +155,8 @@ class Knowledge(Mapping[str, Value]):
 
     def narrow(self, start: int, stop: int) -> Knowledge:
         """Rows [start, stop)."""
+        if self._streams:
+            raise TeacherError("knowledge about streams has no rows of its own: take one of them")
         cut = {k: _narrow(v, start, stop) for k, v in self._values.items()}
         return Knowledge(cut, None if self.valid is None else self.valid[start:stop])
 
@@ -137,6 +178,26 @@ def _narrow(value: Value, start: int, stop: int) -> Value:
 
 
 Knowledge.none = Knowledge({})
+
+
+def answered(
+    wants: Sequence[Want], batch: Batch, answer: Callable[[Batch, Sequence[Want]], Knowledge]
+) -> Knowledge:
+    """What a teacher says about a batch, stream by stream where it is one of streams.
+
+    Args:
+        wants: views may lie in streams ("unlabelled/x").
+        batch: plain, or of streams.
+        answer: gives what is wanted of a plain batch; it never hears of streams.
+    """
+    if not any("/" in want.view for want in wants):
+        return answer(batch, wants)
+    by_stream: dict[str, list[Want]] = {}
+    for want in wants:
+        by_stream.setdefault(want.stream, []).append(want.within)
+    return Knowledge.of_streams(
+        {name: answer(batch.view(name), own) for name, own in by_stream.items()}
+    )
 
 
 class Frozen:

@@ -9,10 +9,11 @@ from stillhouse import catalogue
 from stillhouse.batch import Batch, read_rows
 from stillhouse.clock import Clock
 from stillhouse.errors import RecipeError
-from stillhouse.launch import open_job, open_method, side_recipe
+from stillhouse.launch import open_job, side_recipe
 from stillhouse.models.convnet import ConvNet
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.set_distillation import distilled_of
 from stillhouse.teacher import Knowledge
 

@@ -12,6 +12,7 @@ import pytest
 
 from stillhouse.cli.infer import split_options
 from stillhouse.errors import RecipeError
+from stillhouse.recipe_models import KNOWS_NOTHING
 
 
 def test_a_run_leaves_artifact_and_report_and_is_not_run_twice(call, small: Path) -> None:
@@ -113,7 +114,8 @@ def test_what_cannot_be_is_told_before_any_training(
     done = call("run", str(small), "-o", override, "--folder", "r")
     assert done.code == 1
     assert words in done.err
-    assert done.err.startswith("error: ")
+    told = done.err.removeprefix(f"warning: {KNOWS_NOTHING.format(model='stillhouse:mlp')}\n")
+    assert told.startswith("error: ")
     assert not list(Path().glob("r/stages/*/finished.state"))
 
 

@@ -198,3 +198,22 @@ def test_what_cannot_be_is_told(folder, change, options, error, message):
         opened(folder, **options)
     with pytest.raises(RecipeError, match="needs the option 'path'"):
         open_data("image_folder", seed=0)
+
+
+def test_labels_by_a_list_of_files(folder):
+    """A list of the images that keep their labels; validation is carved off the others."""
+    root, place = folder.parent / "set", folder.parent / "few.txt"
+    shutil.copytree(folder, root / "train")
+    shutil.copytree(folder, root / "test")
+    place.write_text("cat/00.png\ndeep/03.jpg\n")
+    splits = opened(root, val=4, label_list=str(place))
+    counts = {"train": 2, "unlabelled": 18, "val": 4, "test": 24}
+    assert {role: splits.peek(role) for role in splits} == counts
+    found = read_rows(splits["train"], torch.arange(2), None)
+    assert found["target"].tolist() == [0, 1]
+    assert "target" not in read_rows(splits["unlabelled"], torch.arange(2), None)
+    place.write_text("cat/77.png")
+    with pytest.raises(DataError, match=r"'cat/77.png' is no row of image_folder train"):
+        opened(root, label_list=str(place))
+    with pytest.raises(RecipeError, match="label_fraction and label_list both say"):
+        opened(root, label_list=str(place), label_fraction=0.5)

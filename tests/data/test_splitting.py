@@ -10,7 +10,10 @@ from stillhouse.data.options import ClassOptions
 from stillhouse.data.splitting import (
     choose,
     hold_out,
+    keep_listed,
+    keep_per_class,
     labels_of,
+    narrowed,
     stratified,
     with_val,
     withhold_labels,
@@ -218,3 +221,191 @@ def test_labels_are_told_through_subsets_and_only_when_they_are_classes():
     assert (
         labels_of(TensorSource({"x": torch.rand(6, 2), "target": torch.ones(6, 2).long()})) is None
     )
+
+
+def test_classes_joined_by_their_remainder_keep_what_they_were():
+    from stillhouse.data.options import ClassOptions
+    from stillhouse.data.splitting import choose
+
+    labels = {"train": torch.arange(70) % 7, "test": torch.arange(14) % 7}
+    names = list("abcdefg")
+    options = ClassOptions(classes=5, per_class={"train": 6}, modulo=2)
+    found = choose(labels, names, options, name="letters")
+    part = found.splits["train"]
+    assert found.classes == ["a/c/e", "b/d"]
+    assert found.subclasses == found.about()["subclasses"] == [["a", "c", "e"], ["b", "d"]]
+    original = labels["train"][part.rows]
+    assert torch.equal(part.labels, original % 2)
+    assert torch.equal(part.subclasses, original // 2)
+    assert torch.bincount(original).tolist() == [6] * 5  # counted before they are joined
+    assert set(part.views()) == {"target", "subclass"}
+    assert "classes modulo 2" in found.told
+    plain = choose(labels, names, ClassOptions(), name="letters")
+    assert set(plain.splits["train"].views()) == {"target"}
+    assert "subclasses" not in plain.about()
+    many = choose({"train": torch.arange(20)}, list("abcdefghijklmnopqrst"),
+                  ClassOptions(modulo=2), name="letters")  # fmt: skip
+    assert many.classes == ["a and 9 others", "b and 9 others"]
+    with pytest.raises(RecipeError, match="a number from 2 to 6 joins some of them, 7 none"):
+        choose(labels, names, ClassOptions(modulo=7), name="letters")
+
+
+def test_joined_classes_reach_the_batch_of_every_kind_of_source(tmp_path, data_root):
+    from PIL import Image
+
+    from stillhouse.batch import read_rows
+    from stillhouse.data import open_data
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), (i, 2 * i, ord(name))).save(tmp_path / name / f"{i}.png")
+    folder = {"path": str(tmp_path), "image_size": 8, "modulo": 2}
+    cases = {
+        "image_folder": (folder, 3),
+        "mnist5k": ({"modulo": 2, "per_class": {"train": 5, "test": 5}}, 10),
+        "clinc150": ({"modulo": 4, "per_class": {"train": 3, "test": 2, "val": 2}}, 150),
+    }
+    for name, (options, kinds) in cases.items():
+        splits = open_data(name, seed=0, options=options)
+        batch = read_rows(splits["train"], torch.arange(splits.peek("train")), None)
+        modulo = options["modulo"]
+        original = batch["subclass"] * modulo + batch["target"]
+        assert len(original.unique()) == kinds
+        assert batch["target"].max() == modulo - 1
+        groups = splits.about["subclasses"]
+        assert len(groups) == len(splits.about["classes"]) == modulo
+        assert int(batch["subclass"].max()) == max(map(len, groups)) - 1
+
+
+# What students see -------------------------------------------------------------------------
+
+
+def rows_of(splits: Splits, role: str) -> torch.Tensor:
+    source = splits[role]
+    return read_rows(source, torch.arange(len(source)), None)["id"]
+
+
+def test_few_shot_cuts_train_and_keeps_all_of_it_for_teachers():
+    whole = labelled(LABELS["train"])
+    few = narrowed(whole, few_shot=0.05, seed=3, name="zoo")
+    assert len(few["train"]) == 20
+    assert torch.bincount(labels_of(few["train"])).tolist() == [5] * 4
+    assert torch.equal(rows_of(few, "full"), rows_of(whole, "train"))
+    assert few.of_teachers()["train"] is few["full"]
+    assert "full" not in few.of_teachers()
+    assert whole.of_teachers() is whole
+    assert "students see 20 of 400" in few.about["selection"]
+    assert "unseen" not in few.about
+    with pytest.raises(DataError, match="judged"):
+        few["test"]
+    assert len(few.judging().of_teachers()["test"]) == 400
+
+
+def test_fewer_are_among_more_and_the_seed_chooses():
+    whole = labelled(LABELS["train"])
+
+    def ids(few_shot, seed=0):
+        found = narrowed(whole, few_shot=few_shot, seed=seed, name="zoo")
+        return set(rows_of(found, "train").tolist())
+
+    assert ids(0.02) < ids(0.1) < ids(0.5)
+    assert ids(3) < ids(9)
+    assert len(ids(3)) == 12
+    assert ids(0.1) != ids(0.1, seed=1)
+    assert ids(0.1) == ids(0.1)
+
+
+def test_dropped_classes_are_not_seen_and_keep_their_place():
+    """No sample of them reaches a student; the classes, and so its outputs, are all there."""
+    whole = labelled(LABELS["train"])
+    some = narrowed(whole, drop_classes=["bee", 3], seed=0, name="zoo")
+    assert sorted(labels_of(some["train"]).unique().tolist()) == [0, 2]
+    assert len(some["train"]) == 200
+    assert some.about["classes"] == NAMES
+    assert some.about["unseen"] == [1, 3]
+    assert len(labels_of(some["full"]).unique()) == 4
+    assert "without bee, dog" in some.about["selection"]
+    both = narrowed(some, few_shot=4, drop_classes=[0], seed=0, name="zoo")
+    assert torch.bincount(labels_of(both["train"])).tolist() == [0, 4, 4, 4]
+    assert both.about["unseen"] == [0]
+
+
+def test_what_students_see_is_refused_where_it_cannot_be():
+    whole = labelled(LABELS["train"])
+    for settings, error, words in (
+        ({"drop_classes": ["bird"]}, RecipeError, "no class 'bird'"),
+        ({"drop_classes": ["ant", "bee", "cat"]}, DataError, "fewer than two classes"),
+        ({"few_shot": 0.001}, DataError, "at least one row for each of 4"),
+        ({"few_shot": 101}, DataError, "'ant' of zoo has 100"),
+    ):
+        with pytest.raises(error, match=words):
+            narrowed(whole, seed=0, name="zoo", **settings)
+    plain = Splits({"train": TensorSource({"x": torch.zeros(4, 1)})}, "zoo")
+    with pytest.raises(DataError, match="no labels"):
+        narrowed(plain, few_shot=0.5, seed=0, name="zoo")
+    for value in (0, 1.0, -2):
+        with pytest.raises(ValueError, match="few_shot"):
+            ClassOptions(few_shot=value)
+
+
+def test_a_few_labels_of_every_class():
+    splits = keep_per_class(labelled(LABELS["train"]), 3, seed=1, name="zoo")
+    assert (splits.peek("train"), splits.peek("unlabelled")) == (12, 388)
+    found = labels_of(splits["train"])
+    assert found is not None
+    assert torch.bincount(found).tolist() == [3] * 4
+    few = set(ids(splits["train"]))
+    more = set(ids(keep_per_class(labelled(LABELS["train"]), 7, seed=1, name="zoo")["train"]))
+    assert few < more
+    assert set(ids(splits["unlabelled"])) == set(range(1000, 1400)) - few
+    assert "target" not in read_rows(splits["unlabelled"], torch.arange(5), Views(0))
+    other = keep_per_class(labelled(LABELS["train"]), 3, seed=2, name="zoo")
+    assert set(ids(other["train"])) != few
+    for count in (100, 101):
+        with pytest.raises(DataError, match=f"{count} labelled rows of every class"):
+            keep_per_class(labelled(LABELS["train"]), count, seed=1, name="zoo")
+
+
+def ids(source) -> list[int]:
+    return read_rows(source, torch.arange(len(source)), None)["id"].tolist()
+
+
+@pytest.mark.parametrize("form", ["lines", "json", "names"])
+def test_labels_by_a_list(form, tmp_path):
+    source = TensorSource({"x": torch.rand(6, 2), "target": torch.arange(6) % 2})
+    source.names = ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png",
+                    "train/dog/3.png", "train/dog/4.png", "train/cat/5.png"]  # fmt: skip
+    splits = Splits({"train": Subset(source, torch.arange(1, 6))})
+    place = tmp_path / ("list.txt" if form == "lines" else "list.json")
+    told = {
+        "lines": "cat/2.png\n\n3.png\n",
+        "json": '{"train": [["cat/2.png", 0, "cat"], ["dog/3.png", 1, "dog"]], "val": []}',
+        "names": '{"train": ["train/cat/2.png", "3.png"]}',
+    }
+    place.write_text(told[form])
+    divided = keep_listed(splits, str(place), 0, seed=0, name="pets")
+    assert ids(divided["train"]) == [1, 3]
+    assert ids(divided["unlabelled"]) == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat/9.png", "'cat/9.png' is no row of pets train"),
+        ("1.png", "'1.png' is 2 rows of pets train"),
+        ("cat/1.png\ndog/1.png", "names every row"),
+    ],
+)
+def test_lists_that_do_not_fit_are_told(text, message, tmp_path):
+    source = TensorSource({"x": torch.rand(2, 2), "target": torch.arange(2)})
+    source.names = ["cat/1.png", "dog/1.png"]
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        keep_listed(Splits({"train": source}), str(tmp_path / "list.txt"), 0, seed=0, name="pets")
+    (tmp_path / "list.json").write_text('{"training": []}')
+    with pytest.raises(DataError, match="list 'train'"):
+        keep_listed(Splits({"train": source}), str(tmp_path / "list.json"), 0, seed=0, name="pets")
+    bare = Splits({"train": TensorSource({"x": torch.rand(2, 2)})})
+    with pytest.raises(DataError, match="have no names"):
+        keep_listed(bare, str(tmp_path / "list.txt"), 0, seed=0, name="pets")

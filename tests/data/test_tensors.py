@@ -191,7 +191,7 @@ def test_other_mistakes(tmp_path):
 def test_pickles_are_not_opened(tmp_path):
     path = tmp_path / "evil.npz"
     np.savez(path, x=np.array([{"a": 1}, None], dtype=object))
-    with pytest.raises(DataError, match=r"evil\.npz: the array 'x' is damaged.*allow_pickle"):
+    with pytest.raises(DataError, match=r"evil\.npz: the array 'x' holds Python objects.*pickle"):
         opened(path)
 
 

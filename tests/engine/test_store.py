@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,13 +65,106 @@ def test_dense_values_come_back_as_their_dtype_holds_them(tmp_path: Path, dtype:
         assert torch.equal(read[name], expected)
 
 
-def test_int8_keeps_each_vector_within_half_a_step_of_its_own_scale(tmp_path: Path):
+@pytest.mark.parametrize("shift", [0.0, 40.0, -300.0])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_int8_keeps_each_vector_within_half_a_step_of_its_own_range(size: float, shift: float):
+    field = Field("embedding", (384,), dtype="int8")
+    data = values(100, 384) * size + shift
+    data[3] = shift  # no range at all
+    columns = field.encode(data, torch.arange(100), 0)
+    assert columns["value"].abs().max() <= 127
+    read = field.decode(columns)
+    assert isinstance(read, torch.Tensor)
+    assert read.dtype == torch.float32
+    span = data.amax(1) - data.amin(1)
+    # zero is rounded to 11 bits, which lengthens its farther side; scale is rounded up
+    rounded = data.abs().amax(1) * 2.0**-11
+    step = (span / 2 + rounded) / 127 * (1 + 2.0**-10) + 2.0**-24
+    ours = (read - data).abs().amax(1)
+    assert (ours <= step * 0.5 + data.abs().amax(1) * 2.0**-22).all()
+    # the zero point pays where the numbers lie on one side
+    plain = data.abs().amax(1) / 254
+    assert shift == 0 or size != 1.0 or (ours[4:] < 0.3 * plain[4:]).all()
+
+
+def test_int8_takes_a_byte_per_number_and_four_per_vector(tmp_path: Path):
     field = Field("embedding", (384,), dtype="int8")
     data = filled(tmp_path, (field,))["embedding"]
-    data_scale = data.abs().amax(1, keepdim=True) / 127
-    read, _ = Store.open(tmp_path).read(torch.arange(100))
-    assert ((read["embedding"] - data).abs() <= data_scale * 0.5001).all()
-    assert Store.open(tmp_path).stride == 384 + 4
+    store = Store.open(tmp_path)
+    read, _ = store.read(torch.arange(100))
+    assert ((read["embedding"] - data).abs() <= (data.amax(1) - data.amin(1))[:, None] / 500).all()
+    assert store.stride == 384 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((), ()),
+        ((10,), ()),
+        ((7, 96), (7,)),
+        ((5, 8, 8), (5,)),
+        ((3, 2, 2), ()),
+        ((2, 4, 4, 5), (2,)),
+    ],
+)
+def test_int8_shares_a_scale_among_at_least_64_numbers(
+    tmp_path: Path, shape: tuple[int, ...], groups: tuple[int, ...]
+):
+    field = Field("tap:low", shape, dtype="int8")
+    assert [c.shape for c in field.columns()] == [groups, groups, shape]
+    # groups of very different size, each with its own scale
+    size = 5.0 ** torch.arange(math.prod(groups)).reshape(groups).float() if groups else 1.0
+    data = values(20, *shape)
+    data = data * (size.reshape(*groups, *[1] * (len(shape) - len(groups))) if groups else 1.0)
+    with made(tmp_path, (field, LOGITS), 20) as store:
+        store.write(torch.arange(20), {"tap:low": data, "logits": values(20, 10)})
+    read, _ = Store.open(tmp_path).read(torch.arange(20))
+    assert read["tap:low"].shape == data.shape
+    off = (read["tap:low"] - data).abs().reshape(20, *groups, -1).amax(-1)
+    grouped = data.reshape(20, *groups, -1)
+    assert (
+        off <= (grouped.amax(-1) - grouped.amin(-1)) / 500 + grouped.abs().amax(-1) * 1e-5
+    ).all()
+
+
+def test_int8_tells_what_it_cannot_hold():
+    field = Field("logits", (70,), dtype="int8")
+    data = values(2, 70)
+    data[1, 3] = -1e9
+    with pytest.raises(TeacherError, match=r"reaches from -1e\+09 .* float32 or bfloat16"):
+        field.encode(data, torch.arange(2), 0)
+    data[1, 3] = -math.inf
+    with pytest.raises(TeacherError, match="minus infinity"):
+        field.encode(data, torch.arange(2), 0)
+
+
+def test_the_header_tells_how_a_record_is_read(tmp_path: Path):
+    fields = (Field("embedding", (70,), dtype="int8"), LOGITS)
+    data = filled(tmp_path, fields)
+    header = json.loads((tmp_path / "header.json").read_text())
+    raw = np.fromfile(tmp_path / "records-00000.bin", dtype=np.uint8).reshape(100, header["stride"])
+    found = {}
+    for column in header["columns"]:
+        size = np.dtype(column["dtype"]).itemsize * math.prod(column["shape"])
+        part = np.ascontiguousarray(raw[:, column["offset"] :][:, :size]).view(column["dtype"])
+        found[column["field"], column["column"]] = part.reshape(100, *column["shape"])
+    assert np.array_equal(found["logits", "value"], data["logits"].numpy())
+    scale, zero = (found["embedding", n].astype(np.float32) for n in ("scale", "zero"))
+    read = zero[:, None] + scale[:, None] * found["embedding", "value"]
+    stored = Store.open(tmp_path).read(torch.arange(100))[0]["embedding"]
+    assert np.allclose(read, stored.numpy(), atol=1e-6)
+
+
+def test_int8_records_of_another_layout_are_refused(tmp_path: Path):
+    filled(tmp_path, (Field("embedding", (70,), dtype="int8"),))
+    path = tmp_path / "header.json"
+    body = json.loads(path.read_text())
+    for change in ({"stride": 80}, {"columns": None, "stride": None}):
+        old = {k: v for k, v in {**body, **change}.items() if v is not None and k != "sha256"}
+        old["sha256"] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(old))
+        with pytest.raises(CheckpointError, match="laid out otherwise"):
+            Store.open(tmp_path)
 
 
 def test_topk_keeps_the_largest_and_exactly_the_missing_mass(tmp_path: Path):
@@ -279,13 +374,19 @@ def fill_in_a_fork(path: Path) -> int:
     child = os.fork()
     if child:
         return child
-    torch.set_num_threads(1)
-    with made(path, (WIDE,), 20_000) as store:
-        for rows in store.missing().ids.split(64):
-            store.write(rows, {"logits": wave(rows)})
-            if int(rows[0]) % 1024 < 64:
-                store.flush()
-    os._exit(0)
+    failed = 1
+    try:
+        torch.set_num_threads(1)
+        with made(path, (WIDE,), 20_000) as store:
+            missing = store.missing().ids
+            for start in range(0, len(missing), 64):
+                rows = missing[start : start + 64]
+                store.write(rows, {"logits": wave(rows)})
+                if int(rows[0]) % 1024 < 64:
+                    store.flush()
+        failed = 0
+    finally:
+        os._exit(failed)  # whatever happens, the child does not go on as a second test run
 
 
 def test_killed_at_any_moment_nothing_finished_is_lost_or_wrong(tmp_path: Path):

@@ -126,6 +126,40 @@ def test_chunked_accumulates_to_one_big_batch_and_can_go_backward_twice():
     assert torch.equal(first, torch.autograd.grad(2 * value, head.weight)[0] / 2)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("known", [True, False])
+def test_chunked_goes_backward_as_often_as_the_graph_is_kept(factor, known, monkeypatch):
+    if not known:  # a version of torch that does not say so: copies, always
+        monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    head, _, hidden, _ = vocabulary()
+    target = torch.randn(3, 7, 50).double()
+    expected = torch.autograd.grad(factor * L.kl(head(hidden), target), head.weight)[0]
+    value = factor * L.chunked(
+        lambda z, row: L.kl(z, row, reduction="none"), hidden, head, target, chunk_size=4
+    )
+    value.backward(retain_graph=True)
+    head.weight.grad.mul_(0)  # must not reach what the second pass reads
+    value.backward(retain_graph=True)
+    assert torch.allclose(head.weight.grad, expected, rtol=1e-10, atol=1e-14)
+    value.backward()
+    assert torch.allclose(head.weight.grad, 2 * expected, rtol=1e-10, atol=1e-14)
+    if known:
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()
+
+
+def test_chunked_gives_the_leaf_its_sum_without_a_copy():
+    head, _, hidden, _ = vocabulary()
+    value = 0.5 * L.chunked(
+        lambda z, row: L.kl(z, row, reduction="none"), hidden, head, torch.randn(3, 7, 50).double()
+    )
+    node = value.grad_fn.next_functions[0][0]
+    (place,) = [g.data_ptr() for g in node.grads if g is not None and g.shape == head.weight.shape]
+    del node
+    value.backward()
+    assert head.weight.grad.data_ptr() == place
+
+
 def test_chunked_bfloat16_sums_wide():
     head, _, hidden, _ = vocabulary()
     low_head, low = head.to(torch.bfloat16), hidden.to(torch.bfloat16).requires_grad_(True)

@@ -30,7 +30,7 @@ from stillhouse.tasks.classification import Classification
 
 IMAGES = {"classes": list("abcdefg"), "input": [3, 32, 32]}
 GREY = {"classes": list("abc"), "input": [1, 28, 28]}
-TEXTS = {"classes": list("ab"), "input": {"length": 12, "vocabulary": 100}}
+TEXTS = {"classes": list("ab"), "input": {"length": 12}, "vocabulary": 100}
 TINY = {
     "num_hidden_layers": 1,
     "hidden_size": 16,

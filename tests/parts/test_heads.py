@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.parts.heads import ExtraHead
+from stillhouse.net import Net
+from stillhouse.parts.heads import ExtraHead, WideHead, widen, widen_net
 
 
 @pytest.mark.parametrize("kind", ["linear", "nonlinear"])
@@ -67,3 +68,63 @@ def test_bad_input_is_told():
         ExtraHead(nn.Conv2d(3, 4, 1))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"width 6.*tap the input"):
         ExtraHead((6, 4))(torch.randn(5, 7))
+
+
+class Classifier(nn.Module):
+    """A backbone and a head in a sequence, as torchvision has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.classifier = nn.Sequential(nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.classifier(self.body(x))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), ()])
+def test_a_fold_sums_the_probabilities_of_each_class(shape):
+    joint = 3 * torch.randn(*shape, 12, generator=torch.Generator().manual_seed(0))
+    folded = WideHead.fold(joint, 4)
+    assert folded.shape == (*shape, 3)
+    summed = joint.softmax(-1).reshape(*shape, 3, 4).sum(-1)
+    torch.testing.assert_close(folded.softmax(-1), summed)
+    assert torch.equal(folded.argmax(-1), summed.argmax(-1))
+    assert WideHead.fold(joint, 1) is joint
+    half = WideHead.fold(joint.half() * 200, 4)
+    assert half.dtype == torch.float16
+    assert torch.isfinite(half).all()
+    with pytest.raises(ModelError, match="no whole number of classes of 5"):
+        WideHead.fold(joint, 5)
+
+
+def test_a_wide_head_takes_the_place_of_the_last_layer_and_its_taps():
+    torch.manual_seed(0)
+    module = Classifier().double()
+    net = Net(module, taps={"head:input": "classifier.1:input", "scores": "classifier.1"})
+    assert widen_net(net, 4, "joint") == "classifier.1"
+    x = torch.randn(7, 4).double()
+    out = net(x)
+    joint = out["taps"]["joint"]
+    assert joint.shape == (7, 12)
+    assert joint.dtype == torch.float64
+    assert torch.equal(out["logits"], WideHead.fold(joint, 4))
+    assert torch.equal(out["taps"]["scores"], out["logits"])
+    torch.testing.assert_close(out["taps"]["head:input"], torch.relu(module.body(x)))
+    assert net.head() == "classifier.1.wide"
+    assert net.head_layer().out_features == 12
+    assert Net(module).head() == "classifier.1.wide"
+
+
+def test_widening_a_fresh_module_makes_room_for_the_same_weights():
+    widened = widen(Classifier(), "classifier.1", 2)
+    again = widen(Classifier(), "classifier.1", 2)
+    again.load_state_dict(widened.state_dict())
+    x = torch.randn(3, 4)
+    assert torch.equal(widened(x), again(x))
+    with pytest.raises(ModelError, match="did you mean 'classifier"):
+        widen(Classifier(), "clasifier.1", 2)
+    with pytest.raises(ModelError, match="of Classifier is a ReLU"):
+        widen(Classifier(), "classifier.0", 2)
+    with pytest.raises(RecipeError, match="at least 1 output per class"):
+        WideHead((6, 3), 0)

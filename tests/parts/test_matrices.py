@@ -3,8 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.errors import DataError
-from stillhouse.parts.matrices import ZCA, k_centre, kmeans
+from stillhouse.errors import DataError, ModelError
+from stillhouse.parts.matrices import (
+    ZCA,
+    class_pca,
+    k_centre,
+    kmeans,
+    nullspace,
+    random_rotation,
+    signed,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -101,3 +109,93 @@ def test_k_centre_takes_the_farthest_each_time():
         assert distance[second] == distance.max()
     with pytest.raises(DataError, match="k-centre"):
         k_centre(x, 0, generator=generator())
+
+
+def test_the_null_space_is_what_a_layer_does_not_see():
+    weight = torch.randn(3, 7, generator=generator())
+    x = torch.randn(20, 7, generator=generator(1))
+    for centred, rank in ((True, 2), (False, 3)):
+        space = nullspace(weight, centred=centred)
+        rows = weight - weight.mean(0) if centred else weight
+        assert space.rank == rank
+        assert (space.apply(x) @ rows.T).abs().max() < 1e-5
+        projector = space.projector()
+        torch.testing.assert_close(x.double() @ projector, space.apply(x.double()))
+        torch.testing.assert_close(projector @ projector, projector)
+        assert torch.trace(projector) == pytest.approx(7 - rank)
+        assert space.apply(x).dtype == torch.float32
+        torch.testing.assert_close(space.apply(x[0]), space.apply(x)[0])
+    torch.testing.assert_close(
+        nullspace(weight).apply(x).softmax(-1), nullspace(weight + 5).apply(x).softmax(-1)
+    )
+
+
+def test_dependent_rows_count_once_and_equal_rows_not_at_all():
+    row = torch.randn(1, 5, generator=generator())
+    assert nullspace(torch.cat([row, 2 * row, -row])).rank == 1
+    assert nullspace(torch.cat([row, row, row])).rank == 0
+    assert nullspace(torch.cat([row, row]), centred=False).rank == 1
+    assert nullspace(torch.zeros(2, 5)).rank == 0
+    with pytest.raises(ModelError, match="finite matrix"):
+        nullspace(torch.tensor([[float("nan"), 1.0]]))
+    with pytest.raises(ModelError, match="reads 5 numbers per sample, these have 4"):
+        nullspace(row).apply(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("rows", [200, 12])
+def test_components_of_each_class_are_those_of_its_covariance(rows):
+    """Many samples (a covariance is decomposed) and few (the samples are)."""
+    scale = torch.tensor([3.0, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02])
+    x = torch.randn(rows, 8, generator=generator()).double() * scale + 5
+    groups = torch.arange(rows) % 2
+    found = class_pca(x, groups, 3, 3)
+    assert found.count.tolist() == [rows // 2, rows // 2, 0]
+    for c in range(2):
+        own = x[groups == c]
+        centred = own - own.mean(0)
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(own))
+        torch.testing.assert_close(found.mean[c], own.mean(0))
+        torch.testing.assert_close(found.values[c], values.flip(0)[:3])
+        torch.testing.assert_close(found.directions[c], signed(vectors.flip(1)[:, :3]))
+        torch.testing.assert_close(found.total[c], values.sum())
+    assert found.used.tolist() == [3, 3, 0]
+    assert found.directions[2].abs().sum() == found.total[2] == 0
+
+
+def test_directions_without_variance_are_not_used():
+    x = torch.randn(50, 6, generator=generator())
+    x[:, 2:] = 0.0
+    found = class_pca(x, torch.zeros(50, dtype=torch.int64), 1, 4)
+    assert found.used.tolist() == [2]
+    assert found.values[0, 2:].abs().sum() == found.directions[0, :, 2:].abs().sum() == 0
+    same = class_pca(torch.ones(9, 3), torch.zeros(9, dtype=torch.int64), 1, 2)
+    assert same.used.tolist() == [0]
+    three = class_pca(torch.randn(3, 9), torch.zeros(3, dtype=torch.int64), 1, 5)
+    assert three.used.tolist() == [2]
+
+
+def test_class_components_refuse_what_does_not_belong_together():
+    x, groups = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(DataError, match=r"lie in 0..2; there are 2"):
+        class_pca(x, groups, 2, 1)
+    with pytest.raises(DataError, match="one class each"):
+        class_pca(x, groups[:4], 3, 1)
+    x[3, 1] = float("inf")
+    with pytest.raises(DataError, match="sample 3 holds values that are not finite"):
+        class_pca(x, groups, 3, 1)
+
+
+def test_rotations_are_orthonormal_and_spread_over_the_whole_group():
+    rng, turns = generator(), []
+    for _ in range(400):
+        turn = random_rotation(3, generator=rng)
+        torch.testing.assert_close(turn.T @ turn, torch.eye(3, dtype=torch.float64))
+        turns.append(turn)
+    # every entry has mean 0 and mean square 1 / size when the group is covered evenly
+    mean, square = torch.stack(turns).mean(0), torch.stack(turns).square().mean(0)
+    assert mean.abs().max() < 0.12
+    assert (square - 1 / 3).abs().max() < 0.08
+    assert torch.equal(
+        random_rotation(4, generator=generator(3)), random_rotation(4, generator=generator(3))
+    )
+    assert random_rotation(1, generator=rng).abs().item() == pytest.approx(1.0)

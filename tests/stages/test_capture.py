@@ -19,8 +19,9 @@ from stillhouse.artifact import plain_state
 from stillhouse.batch import Subset, TensorSource
 from stillhouse.engine.store import Store
 from stillhouse.errors import CheckpointError, DataError, RecipeError, TeacherError
-from stillhouse.launch import open_job, open_method
+from stillhouse.launch import open_job
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.capture import ids_of
 from stillhouse.teacher import Want
 from stillhouse.teachers.live import Live
@@ -87,6 +88,15 @@ def test_kd_from_a_float16_store_stays_near(tmp_path: Path):
     live, _ = trained(recipe(), tmp_path / "live")
     kept, _ = trained(recipe(True), tmp_path / "kept")
     assert 0 < distance(live, kept) < 1e-2
+
+
+def test_kd_from_an_int8_store_stays_near(tmp_path: Path):
+    live, _ = trained(recipe(), tmp_path / "live")
+    kept, _ = trained(recipe({"dtype": "int8"}), tmp_path / "kept")
+    assert 0 < distance(live, kept) < 2e-2
+    store = Store.open(stores()[0])
+    assert store.fields["logits"].dtype == "int8"
+    assert store.stride == 4 * 1 + 2 + 2
 
 
 def test_augmented_views_are_captured_draw_by_draw(tmp_path: Path):
@@ -308,3 +318,29 @@ def test_ids_of_subsets_are_those_of_the_source():
 def test_bad_store_settings_are_told():
     with pytest.raises(RecipeError, match="topk"):
         recipe({"form": "top"})
+
+
+def test_streams_are_kept_in_one_store(tmp_path):
+    """What two streams read of a teacher is asked once, whichever stream a sample is in."""
+    data = {"name": "generated", "options": {"kind": "vectors", "rows": 40, "labels_per_class": 2}}
+    spec = recipe({"dtype": "float32"}, data=data, method="dho", budget={"steps": 2, "batch": 8})
+    job = open_job(spec, tmp_path)
+    teacher = job.teacher()
+    wants = (Want("logits", "labelled/x"), Want("logits", "unlabelled/x"))
+    teacher.bind(wants, job.task)
+    count = job.splits.peek("train") + job.splits.peek("unlabelled")
+    assert len(teacher.stored.store) == count
+    order = open_method(spec).order(job)
+    teacher.reads(order, job.views().seed)
+    rows = order.epoch(0, lambda: torch.Generator().manual_seed(0))[0]
+    batch = order.read(rows, job.views())
+    said, live = teacher.knowledge(batch), teacher.teacher.net
+    for name in ("labelled", "unlabelled"):
+        with torch.no_grad():
+            expected = live(batch.view(f"{name}/x"))["logits"]
+        torch.testing.assert_close(said.stream(name).tensor("logits"), expected)
+    job.log.close()
+    # the same store serves a method that reads no streams
+    plain = open_job(spec, tmp_path / "again").teacher()
+    plain.bind(wants, job.task)
+    assert plain.stored.store.path == teacher.stored.store.path

@@ -91,7 +91,9 @@ class LinearProbe(Method):
         with torch.no_grad():
             for value in head.parameters():
                 value.zero_()
-        teacher = captured(job, Live(net), StoreSpec(dtype="float32"))
+        # Who is taught by this probe may read rows without labels too.
+        splits = [role for role in ("train", "unlabelled") if role in job.splits]
+        teacher = captured(job, Live(net), StoreSpec(dtype="float32"), splits)
         teacher.bind(HeadObjective.wants, job.task)
         head.load_state_dict(initial)
         assert teacher.stored is not None

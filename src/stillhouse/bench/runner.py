@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from stillhouse import catalogue
 from stillhouse.bench import results as recorded
 from stillhouse.bench.results import Results, file_hash, judged, kept_from, stamp_of
-from stillhouse.bench.statistics import (
+from stillhouse.engine.checkpoint import write_atomic
+from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
+from stillhouse.method import Claim, Method
+from stillhouse.metrics.statistics import (
     FAST_SECONDS,
     LEAST_SEEDS,
     LEAST_SEEDS_WHEN_FAST,
     required_seeds,
 )
-from stillhouse.engine.checkpoint import write_atomic
-from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
-from stillhouse.method import Claim, Method
 from stillhouse.recipe import Recipe, load_recipe, recipe_ids
 
 SCORE = "score.json"
@@ -216,14 +216,20 @@ def _side(name: str, recipe: Recipe, home: Path) -> Side:
 def surroundings(recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, str], str]:
     """Data (name, edition, hash), versions and hardware of the runs of a recipe."""
     from stillhouse import launch
+    from stillhouse.data.registry import open_data
+    from stillhouse.recipe_models import Given
+    from stillhouse.summary import versions
 
-    splits = launch.open_splits(recipe, launch.Given())
-    data = {
-        "name": recipe.data.name,
-        "edition": splits.edition,
-        "hash": str(splits.about.get("hash", "")),
-    }
-    return [data], launch.versions(), launch.open_hardware(recipe).describe()
+    splits = {recipe.data.name: launch.open_splits(recipe, Given())}
+    train = recipe.teacher.train if recipe.teacher is not None else None
+    if train is not None and train.data is not None:
+        own = train.data
+        splits[own.name] = open_data(own.name, seed=recipe.seed, options=own.options)
+    data = [
+        {"name": name, "edition": read.edition, "hash": str(read.about.get("hash", ""))}
+        for name, read in splits.items()
+    ]
+    return data, versions(), launch.open_hardware(recipe).describe()
 
 
 def _launched() -> RunSide:

@@ -111,6 +111,11 @@ def main() -> None:
             raise
         tell(str(error))
         sys.exit(1)
+    except OSError as error:
+        if traceback:
+            raise
+        tell(_of_the_system(error))
+        sys.exit(1)
     except Exception as error:
         if traceback:
             raise
@@ -125,6 +130,18 @@ def main() -> None:
             title="unexpected",
         )
         sys.exit(1)
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the operating system refused, about which file."""
+    from pathlib import Path
+
+    from stillhouse.writing import FULL, disk_full
+
+    named = error.filename if isinstance(error.filename, str) else ""
+    if error.errno in FULL:
+        return disk_full(Path(named or "."))
+    return f"{named}: {error.strerror}" if named and error.strerror else str(error)
 
 
 def _take_traceback() -> bool:

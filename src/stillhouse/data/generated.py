@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,16 @@ class GeneratedOptions(DataOptions):
     )
     classes: int = Field(4, ge=2, description="number of classes")
     rows: int = Field(64, ge=8, description="rows of train; val and test have half of it")
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="rows of every class of train that keep their labels; the rest becomes the "
+        "split 'unlabelled'",
+    )
+    pairs: bool = Field(
+        False,
+        description="rows are the sides of pairs, scored by the nearness of their classes",
+    )
 
 
 class Generated(DataSet[GeneratedOptions]):
@@ -32,7 +42,7 @@ class Generated(DataSet[GeneratedOptions]):
 
     name = "generated"
     title = "simulated classes around random centres, for examples and tests"
-    tasks = ("classification",)
+    tasks = ("classification", "embedding")
     licence = "CC0"
     source = "made on opening"
     edition = "simulated"
@@ -54,10 +64,13 @@ class Generated(DataSet[GeneratedOptions]):
             rng = generator("generated", split)
             target = torch.arange(rows) % options.classes
             x = centres[target] + 0.5 * torch.randn(rows, *shape, generator=rng)
-            sources[split] = TensorSource(
-                {"x": self._view(options.kind, x), "target": target}, name=f"generated {split}"
-            )
-        about = {"classes": [f"class {c}" for c in range(options.classes)], "input": shape}
+            views = {"x": self._view(options.kind, x), "target": target}
+            if options.pairs:
+                views |= _pairs(centres[target].flatten(1))
+            sources[split] = TensorSource(views, name=f"generated {split}")
+        about: dict[str, Any] = {"input": shape}
+        if not options.pairs:
+            about["classes"] = [f"class {c}" for c in range(options.classes)]
         if options.kind == "tokens":
             about["vocabulary"] = 64
         return Splits(sources, "generated (simulated)", about)
@@ -69,3 +82,11 @@ class Generated(DataSet[GeneratedOptions]):
         if kind == "tokens":
             return (x * 8).round().long().remainder(63) + 1
         return x
+
+
+def _pairs(centres: Tensor) -> dict[str, Tensor]:
+    """Rows 2 p and 2 p + 1 as the sides of pair p, scored by the cosine of their centres."""
+    rows = torch.arange(len(centres))
+    places = torch.stack([rows // 2, rows % 2, torch.full_like(rows, len(rows) // 2)], dim=1)
+    score = torch.cosine_similarity(centres[0::2], centres[1::2], dim=-1)
+    return {"pair": places, "target": score.repeat_interleave(2)}

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from stillhouse.batch import Batch, Sample, Source, Splits, TensorSource
 from stillhouse.clock import Views
+from stillhouse.data.affine_images import AffineImages
 from stillhouse.data.augment_images import AugmentImages
 from stillhouse.data.cached import cached_tensors
 from stillhouse.data.data_set import DataSet
@@ -84,7 +85,10 @@ def open_npz(path: Path) -> NpzFile:
     try:
         opened = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an npz file: {error}") from error
+        # For whatever it does not know numpy says that pickles may be allowed; they may not.
+        told = "it is no such file, or its beginning is damaged"
+        why = told if isinstance(error, ValueError) else str(error)
+        raise DataError(f"{path} cannot be read as an npz file: {why}") from error
     if not isinstance(opened, NpzFile):
         raise DataError(f"{path} holds one bare array, not named ones (npz)")
     return opened
@@ -101,6 +105,11 @@ def array_of(stored: NpzFile, key: str, path: Path) -> NDArray[Any]:
     try:
         found: NDArray[Any] = stored[key]
     except Exception as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"{path}: the array '{key}' holds Python objects, which only a pickle can keep; "
+                "save numbers (numpy.savez with arrays of one dtype)"
+            ) from error
         # zipfile and zlib raise their own kinds for damaged members.
         raise DataError(f"{path}: the array '{key}' is damaged: {error}") from error
     return found
@@ -245,6 +254,15 @@ def resized(images: Tensor, size: int | None, channels: int | None) -> Tensor:
     )
 
 
+def centred(images: Tensor, size: int | None) -> Tensor:
+    """Images (N, C, H, W) in the middle of a square of zeros; cut where they are larger."""
+    if size is None:
+        return images
+    height, width = (size - length for length in images.shape[-2:])
+    borders = (width // 2, width - width // 2, height // 2, height - height // 2)
+    return F.pad(images, borders).contiguous()
+
+
 def _in_blocks(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     # Float copies of a whole set would need four times its memory.
     parts = [
@@ -296,8 +314,8 @@ def image_splits(
         std: likewise.
 
     Returns:
-        The official splits as sources of "x" (C, H, W) uint8, read as float in [0, 1], and
-        "target"; train reads are augmented.
+        The official splits as sources of "x" (C, H, W) uint8, read as float in [0, 1],
+        "target", and "subclass" where classes are joined; train reads are augmented.
     """
     for role, rows in official.items():
         check_range(rows.labels, len(classes), f"{data.name} {role}")
@@ -306,12 +324,12 @@ def image_splits(
     shape: tuple[int, ...] = ()
     for role, chosen in choice.splits.items():
         native = official[role].read(chosen.rows)
-        pixels = resized(native, options.image_size, options.channels)
+        pixels = centred(resized(native, options.image_size, options.channels), options.canvas)
         shape = tuple(pixels.shape[1:])
         if role == "train" and (mean is None or std is None or shape[0] != native.shape[1]):
             mean, std = moments(pixels)
         sources[role] = ImageSource(
-            {"x": pixels, "target": chosen.labels},
+            {"x": pixels, **chosen.views()},
             augment=augment_of(options.augment, shape[-1]) if role == "train" else None,
             ids=chosen.ids,
             name=f"{data.name}/{role}",
@@ -321,8 +339,7 @@ def image_splits(
         "hash": digest,
         "licence": data.licence,
         "source": data.source,
-        "selection": choice.told,
-        "classes": choice.classes,
+        **choice.about(),
         "input": list(shape),
         "mean": list(mean or ()),
         "std": list(std or ()),
@@ -353,10 +370,12 @@ def stored_edition(path: Path) -> str:
         return str(stored["edition"]) if "edition" in stored.files else ""
 
 
-def augment_of(named: str, size: int) -> AugmentImages | None:
+def augment_of(named: str, size: int) -> AugmentImages | AffineImages | None:
     """The augmentation an option names; crops shift by up to an eighth of `size`."""
     if named == "none":
         return None
+    if named == "affine":
+        return AffineImages()
     padding = max(1, size // 8) if "crop" in named else 0
     return AugmentImages(padding=padding, flip="flip" in named)
 

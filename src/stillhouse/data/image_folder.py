@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from stillhouse.batch import Batch, Sample, Source, Splits
@@ -58,7 +58,19 @@ class FolderOptions(OwnOptions):
     crop_area: float = Field(
         0.35, gt=0.0, le=1.0, description="least share of the image's area that a crop keeps"
     )
+    label_list: str | None = Field(
+        None,
+        description="file that names the images of train that keep their labels, one a line or "
+        "the 'train' of a few-shot split in JSON; the rest becomes the split 'unlabelled'",
+    )
     workers: int = Field(0, ge=0, description="threads that decode the images of a batch")
+
+    @field_validator("augment")
+    @classmethod
+    def _crops_and_flips(cls, value: Augment) -> Augment:
+        if value == "affine":
+            raise ValueError("images in folders are cropped and flipped; use 'crop' or 'flip'")
+        return value
 
 
 class ImageFolder(DataSet[FolderOptions]):
@@ -103,6 +115,7 @@ class ImageFolder(DataSet[FolderOptions]):
             sources[role] = ImageFolderSource(
                 kept,
                 chosen.labels,
+                subclasses=chosen.subclasses,
                 size=size,
                 augment=options.augment if role == "train" else "none",
                 root=root,
@@ -115,8 +128,7 @@ class ImageFolder(DataSet[FolderOptions]):
             "hash_of": told,
             "licence": self.licence,
             "source": str(root),
-            "selection": choice.told,
-            "classes": choice.classes,
+            **choice.about(),
             "input": [options.channels, options.image_size, options.image_size],
             "mean": list(MEAN) if options.channels == 3 else [sum(MEAN) / 3],
             "std": list(STD) if options.channels == 3 else [sum(STD) / 3],
@@ -170,6 +182,7 @@ class ImageFolderSource:
     Args:
         files: paths of the images.
         labels: (N,) int64.
+        subclasses: (N,) int64, the view "subclass"; None where there is none.
         size: how images are brought to size.
         augment: "none", "crop" (random part: area and aspect ratio 3/4 to 4/3 drawn as by
             Szegedy et al. 2015, once, cut to the image), "flip", or both.
@@ -179,6 +192,7 @@ class ImageFolderSource:
 
     Attributes:
         targets: the labels.
+        names: paths below the root.
         ids: (N,) int64, a hash of each path.
         fingerprint: of paths, contents, labels, and how images are read.
     """
@@ -188,6 +202,7 @@ class ImageFolderSource:
         files: Sequence[Path],
         labels: Tensor,
         *,
+        subclasses: Tensor | None = None,
         size: Sizing,
         augment: Augment = "none",
         root: Path,
@@ -196,10 +211,13 @@ class ImageFolderSource:
     ) -> None:
         self.files = list(files)
         self.targets = labels
+        self._known = {"target": labels}
+        if subclasses is not None:
+            self._known["subclass"] = subclasses
         self.size = size
         self.augment = augment
         self.workers = workers
-        names = [path.relative_to(root).as_posix() for path in self.files]
+        names = self.names = [path.relative_to(root).as_posix() for path in self.files]
         self.ids = torch.tensor([seed_of("image", name) for name in names])
         digest = hashlib.sha256(repr((size, augment)).encode())
         for name, path, label in zip(names, self.files, labels.tolist(), strict=True):
@@ -221,7 +239,8 @@ class ImageFolderSource:
         """
         index, rng = int(item[0]), item[1]
         numbers = None if rng is None else torch.rand(_DRAWS, generator=rng).tolist()
-        return {"x": self._image(index, numbers), "target": self.targets[index]}
+        known = {name: values[index] for name, values in self._known.items()}
+        return {"x": self._image(index, numbers), **known}
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """The images at positions `rows`; augmented unless `views` is None."""
@@ -235,7 +254,8 @@ class ImageFolderSource:
                 images = list(pool.map(self._image, positions, drawn))
         else:
             images = [self._image(i, numbers) for i, numbers in zip(positions, drawn, strict=True)]
-        return Batch(id=ids, x=torch.stack(images), target=self.targets[rows])
+        known = {name: values[rows] for name, values in self._known.items()}
+        return Batch(id=ids, x=torch.stack(images), **known)
 
     def _image(self, index: int, numbers: list[float] | None) -> Tensor:
         from PIL import Image

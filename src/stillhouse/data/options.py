@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
-from stillhouse.errors import RecipeError, nearest
+from stillhouse.errors import OptionError, nearest
+from stillhouse.recipe import what_is_wrong
 
-Augment = Literal["none", "crop", "flip", "crop+flip"]
+Augment = Literal["none", "crop", "flip", "crop+flip", "affine"]
 
 
 class DataOptions(BaseModel):
@@ -40,6 +49,12 @@ class ClassOptions(DataOptions):
         description="keep only these classes, by name or number, renumbered in this order; "
         "an integer n keeps the first n",
     )
+    modulo: int | None = Field(
+        None,
+        ge=2,
+        description="join classes into so many: class y becomes y mod n, after all else is chosen "
+        "by the original classes; which one it was stays known as the view 'subclass'",
+    )
     subset: int | dict[str, int] | None = Field(
         None,
         description="rows to keep per official split ({train: 5000, test: 1000}; an integer "
@@ -65,6 +80,38 @@ class ClassOptions(DataOptions):
         description="share of train that keeps its labels, by the run's seed; the rest becomes "
         "the split 'unlabelled'",
     )
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="rows of every class of train that keep their labels (few-shot), by the "
+        "run's seed; the rest becomes the split 'unlabelled'",
+    )
+    few_shot: int | float | None = Field(
+        None,
+        description="what students see of train: a share of its rows (below 1), or a count of "
+        "rows of every class; drawn by the run's seed. Teachers are trained on all of it, which "
+        "becomes the split 'full'",
+    )
+    drop_classes: list[int | str] = Field(
+        default_factory=list,
+        description="classes that students never see, by name or number; they keep their place "
+        "in the head, in val and in test, and teachers are trained on them (split 'full')",
+    )
+
+    @field_validator("few_shot")
+    @classmethod
+    def _few_shot_is_count_or_share(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError("a count of rows (integer >= 1) or a share in (0, 1)")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_by_one_rule(self) -> ClassOptions:
+        rules = ("label_fraction", "labels_per_class", "label_list")
+        given = [rule for rule in rules if getattr(self, rule, None) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say who keeps a label; give one of them")
+        return self
 
     @field_validator("classes")
     @classmethod
@@ -118,13 +165,22 @@ class ImageOptions(ClassOptions):
     image_size: int | None = Field(
         None, ge=4, le=1024, description="height and width in pixels; None: as they are"
     )
+    canvas: int | None = Field(
+        None,
+        ge=4,
+        le=1024,
+        description="height and width that images are centred in, with zeros around, after "
+        "image_size; None: no border",
+    )
     channels: Literal[1, 3] | None = Field(
         None, description="grey (1) or colour (3); None: as they are"
     )
     augment: Augment = Field(
         "none",
         description="of training reads: crop (random shift by up to an eighth of the size, "
-        "zero padded), flip (left to right, half of the reads); true: what is usual for the set",
+        "zero padded), flip (left to right, half of the reads), affine (turned by up to 15 "
+        "degrees, scaled by up to a fifth, sheared, shifted by up to a tenth); true: what is "
+        "usual for the set",
     )
 
     @field_validator("augment", mode="before")
@@ -149,36 +205,36 @@ def checked_options(name: str, model: type[Options], given: Mapping[str, Any]) -
     """The options of data set `name`, typed, every default filled in.
 
     Raises:
-        RecipeError: an unknown option (the nearest are named), or a value that does not fit;
+        OptionError: an unknown option (the nearest are named), or a value that does not fit;
             every mistake is told at once.
     """
     try:
         return model.model_validate(dict(given))
     except ValidationError as error:
-        wrong = [_sentence(name, model, entry) for entry in _without_branches(error)]
-        raise RecipeError("\n".join(dict.fromkeys(wrong))) from None
+        branches: dict[str, list[ErrorDetails]] = {}
+        for entry in error.errors(include_url=False):
+            branches.setdefault(str(entry["loc"][0]) if entry["loc"] else "", []).append(entry)
+    raise OptionError({f: _sentence(name, model, f, told) for f, told in branches.items()})
 
 
-def _without_branches(error: ValidationError) -> list[Any]:
-    # A union reports once per member; the field and the input are the same each time.
-    found: dict[str, Any] = {}
-    for entry in error.errors(include_url=False):
-        field = str(entry["loc"][0]) if entry["loc"] else ""
-        if field in found:
-            found[field] = {**found[field], "msg": f"{found[field]['msg']}; or {entry['msg']}"}
-        else:
-            found[field] = entry
-    return list(found.values())
-
-
-def _sentence(name: str, model: type[BaseModel], entry: Mapping[str, Any]) -> str:
-    field = str(entry["loc"][0]) if entry["loc"] else ""
-    if entry["type"] == "extra_forbidden":
+def _sentence(
+    name: str, model: type[BaseModel], field: str, entries: Sequence[ErrorDetails]
+) -> str:
+    """What is wrong with one option; a union reports once per member, with the same input."""
+    kind = entries[0]["type"]
+    if kind == "extra_forbidden":
         return f"the data set '{name}' has no option '{field}'{nearest(field, model.model_fields)}"
-    message = str(entry["msg"]).removeprefix("Value error, ")
-    if not field:
-        return f"options of the data set '{name}': {message}"
-    if entry["type"] == "missing":
+    if kind == "missing" and len(entries[0]["loc"]) == 1:
         about = model.model_fields[field].description or ""
         return f"the data set '{name}' needs the option '{field}': {about}"
-    return f"data option '{field}' of '{name}': {message} (given: {entry['input']!r})"
+    told = dict.fromkeys(what_is_wrong(entry, model) for entry in entries)
+    whole, *others = told
+    found = whole.partition(", found ")[2]
+    if others and all(text.endswith(f", found {found}") for text in others):
+        rights = [text.removesuffix(f", found {found}").removeprefix("must be ") for text in told]
+        message = f"must be {' or '.join(rights)}, found {found}"
+    else:
+        message = "; or ".join(told)
+    if kind == "value_error":
+        message += f", found {entries[0]['input']!r}"
+    return f"data option '{field}' of '{name}': {message}"

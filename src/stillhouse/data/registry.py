@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.data.data_set import DataCard, DataSet
-from stillhouse.errors import DataError, RecipeError, nearest
+from stillhouse.errors import DataError, OptionError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from stillhouse.batch import Splits
@@ -70,7 +70,8 @@ def resolve_options(name: str, options: Mapping[str, Any] | None = None) -> dict
     """The options of a data set with every default filled in, as a recipe records them.
 
     Raises:
-        RecipeError: unknown data set or option, or a value that does not fit.
+        RecipeError: unknown data set.
+        OptionError: unknown option, or a value that does not fit.
     """
     from stillhouse.data.options import checked_options
 
@@ -96,12 +97,13 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
         the option `val` is 0.
 
     Raises:
-        RecipeError: unknown data set or option, or a value that does not fit.
+        RecipeError: unknown data set.
+        OptionError: unknown option, or a value that does not fit.
         DataError: missing, damaged or unusable data.
     """
     from stillhouse.data.check import check_splits
     from stillhouse.data.options import ClassOptions, checked_options
-    from stillhouse.data.splitting import with_val, withhold_labels
+    from stillhouse.data.splitting import keep_listed, narrowed, with_val
 
     if ":" in name:
         return _open_function(name, seed, options or {})
@@ -109,10 +111,33 @@ def open_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = N
     checked = checked_options(name, data.Options, options or {})
     splits = data.open(checked, seed)
     _name_parts(splits, name)
-    splits = with_val(splits, checked.val, seed=seed, name=name)
-    if isinstance(checked, ClassOptions) and checked.label_fraction is not None:
-        splits = withhold_labels(splits, checked.label_fraction, seed=seed, name=name)
+    if getattr(checked, "label_list", None) is not None:
+        splits = keep_listed(splits, checked.label_list, checked.val, seed=seed, name=name)
+    else:
+        splits = with_val(splits, checked.val, seed=seed, name=name)
+        splits = _with_fewer_labels(splits, checked, seed, name)
+    if isinstance(checked, ClassOptions) and (checked.few_shot or checked.drop_classes):
+        splits = narrowed(
+            splits,
+            few_shot=checked.few_shot,
+            drop_classes=checked.drop_classes,
+            seed=seed,
+            name=name,
+        )
     check_splits(splits)
+    return splits
+
+
+def _with_fewer_labels(splits: Splits, options: Any, seed: int, name: str) -> Splits:
+    """The splits with the labels that the options leave; all, where they say nothing."""
+    from stillhouse.data.splitting import keep_per_class, withhold_labels
+
+    rules = ("label_fraction", "labels_per_class")
+    fraction, each = (getattr(options, rule, None) for rule in rules)
+    if fraction is not None:
+        return withhold_labels(splits, fraction, seed=seed, name=name)
+    if each is not None:
+        return keep_per_class(splits, each, seed=seed, name=name)
     return splits
 
 
@@ -236,12 +261,11 @@ def _bound(name: str, function: Callable[..., Any], options: Mapping[str, Any]) 
         if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY} and key != "seed"
     ]
     if "seed" in options:
-        raise RecipeError(f"data '{name}': the seed is the recipe's; set 'seed' there")
+        raise OptionError({"seed": f"data '{name}': the seed is the recipe's; set 'seed' there"})
     unknown = [key for key in options if key not in {*named, "val"}]
     if unknown and not takes_any:
-        raise RecipeError(
-            f"data '{name}' has no option '{unknown[0]}'{nearest(unknown[0], [*named, 'val'])}"
-        )
+        hint = nearest(unknown[0], [*named, "val"])
+        raise OptionError({unknown[0]: f"data '{name}' has no option '{unknown[0]}'{hint}"})
     filled = {
         key: parameters[key].default
         for key in named
@@ -250,7 +274,7 @@ def _bound(name: str, function: Callable[..., Any], options: Mapping[str, Any]) 
     filled.update(options)
     lacking = [key for key in named if key not in filled]
     if lacking:
-        raise RecipeError(f"data '{name}' needs the option '{lacking[0]}'")
+        raise OptionError({lacking[0]: f"data '{name}' needs the option '{lacking[0]}'"})
     return filled
 
 

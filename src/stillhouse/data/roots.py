@@ -102,7 +102,9 @@ def locate(given: str, *, option: str, folder: bool = False) -> Path:
     if any(place.exists() for place in tried):
         raise DataError(f"data option '{option}': {given} exists but is not a {kind}")
     parent = tried[0].parent
-    beside = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    of_its_kind = Path.is_dir if folder else Path.is_file
+    entries = list(parent.iterdir()) if parent.is_dir() else []
+    beside = [entry.name for entry in entries if of_its_kind(entry)]
     hint = nearest(path.name, beside) if beside else ""
     places = ", ".join(str(place) for place in tried)
     raise DataError(f"data option '{option}': there is no {kind} {given} (tried {places}){hint}")

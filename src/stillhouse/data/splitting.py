@@ -6,6 +6,7 @@ decoded. Chance comes from seeds alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,13 @@ from torch import Generator, Tensor
 from stillhouse.batch import Batch, Sample, Source, Splits, Subset, carve, read_rows
 from stillhouse.clock import Views, generator
 from stillhouse.data.options import ClassOptions
+from stillhouse.data.roots import locate
 from stillhouse.errors import DataError, RecipeError, nearest
 
 # Official splits whose rows stand for one another are numbered in this order.
 _ORDER = ("train", "val", "test")
 _VAL = 0.1
+_NAMED = 6  # joined classes that are all named
 _TEST = 0.2
 
 
@@ -32,11 +35,21 @@ class Chosen:
         rows: (n,) positions in the official split, ascending.
         ids: (n,) content ids, unique over all splits of the data set.
         labels: (n,) classes, renumbered.
+        subclasses: (n,) which of the classes that were joined into one, numbered within it;
+            None where none were.
     """
 
     rows: Tensor
     ids: Tensor
     labels: Tensor
+    subclasses: Tensor | None = None
+
+    def views(self) -> dict[str, Tensor]:
+        """ "target", and "subclass" where classes were joined."""
+        views = {"target": self.labels}
+        if self.subclasses is not None:
+            views["subclass"] = self.subclasses
+        return views
 
 
 @dataclass(frozen=True)
@@ -47,17 +60,27 @@ class Choice:
         splits: by official split.
         classes: names of the classes that are kept, in their new order.
         told: one sentence on what was left out; empty when nothing was.
+        subclasses: by class, names of the classes that were joined into it; empty when none
+            were.
     """
 
     splits: Mapping[str, Chosen]
     classes: list[str]
     told: str
+    subclasses: list[list[str]]
+
+    def about(self) -> dict[str, Any]:
+        """What tasks must know of it: "selection", "classes", "subclasses" where there are."""
+        found: dict[str, Any] = {"selection": self.told, "classes": self.classes}
+        if self.subclasses:
+            found["subclasses"] = self.subclasses
+        return found
 
 
 def choose(
     labels: Mapping[str, Tensor], classes: Sequence[str], options: ClassOptions, *, name: str
 ) -> Choice:
-    """Apply `classes`, `subset`, `per_class` and `long_tail` to the official splits.
+    """Apply `classes`, `subset`, `per_class`, `long_tail` and `modulo` to the official splits.
 
     The order in which rows are taken is a fixed permutation per split (by `subset_seed`), so
     that a larger subset contains a smaller one, and is the same for every run's seed.
@@ -106,18 +129,47 @@ def choose(
         told.append(f"long tail {options.long_tail:g}")
     if told and (subset or per_class or options.long_tail is not None):
         told.append(f"subset seed {options.subset_seed}")
-    return Choice(chosen, [classes[k] for k in kept], ", ".join(told))
+    names = [classes[k] for k in kept]
+    if options.modulo is None:
+        return Choice(chosen, names, ", ".join(told), [])
+    return _joined(chosen, names, told, options.modulo, name)
+
+
+def _joined(
+    chosen: Mapping[str, Chosen], names: Sequence[str], told: list[str], modulo: int, name: str
+) -> Choice:
+    """Class y becomes y mod n, and is the (y div n)-th subclass of it."""
+    if modulo >= len(names):
+        raise RecipeError(
+            f"data option 'modulo': {name} has {len(names)} classes here; a number from 2 to "
+            f"{len(names) - 1} joins some of them, {modulo} none"
+        )
+    splits = {
+        role: Chosen(part.rows, part.ids, part.labels % modulo, part.labels // modulo)
+        for role, part in chosen.items()
+    }
+    groups = [list(names[rest::modulo]) for rest in range(modulo)]
+    told.append(f"classes modulo {modulo}")
+    return Choice(splits, [_joint_name(group) for group in groups], ", ".join(told), groups)
+
+
+def _joint_name(group: Sequence[str]) -> str:
+    few = len(group) <= _NAMED
+    return "/".join(group) if few else f"{group[0]} and {len(group) - 1} others"
 
 
 def _kept_classes(
-    wanted: int | Sequence[int | str] | None, classes: Sequence[str], name: str
+    wanted: int | Sequence[int | str] | None,
+    classes: Sequence[str],
+    name: str,
+    option: str = "classes",
 ) -> list[int]:
     if wanted is None:
         return list(range(len(classes)))
     if isinstance(wanted, int):
         if wanted > len(classes):
             raise RecipeError(
-                f"data option 'classes': {wanted} classes are asked of {name}, "
+                f"data option '{option}': {wanted} classes are asked of {name}, "
                 f"which has {len(classes)}"
             )
         return list(range(wanted))
@@ -129,14 +181,14 @@ def _kept_classes(
             kept.append(entry)
         elif isinstance(entry, int):
             raise RecipeError(
-                f"data option 'classes': {name} has classes 0 to {len(classes) - 1}, not {entry}"
+                f"data option '{option}': {name} has classes 0 to {len(classes) - 1}, not {entry}"
             )
         else:
             raise RecipeError(
-                f"data option 'classes': {name} has no class '{entry}'{nearest(entry, classes)}"
+                f"data option '{option}': {name} has no class '{entry}'{nearest(entry, classes)}"
             )
     if len(set(kept)) < len(kept):
-        raise RecipeError(f"data option 'classes': a class is named twice in {list(wanted)}")
+        raise RecipeError(f"data option '{option}': a class is named twice in {list(wanted)}")
     return kept
 
 
@@ -245,10 +297,7 @@ def stratified(labels: Tensor, count: int, rng: Generator) -> Tensor:
         (count,) positions, class by class.
     """
     values, sizes = torch.unique(labels, return_counts=True)
-    exact = sizes.double() * count / len(labels)
-    shares = exact.floor().long()
-    order = torch.argsort(exact - shares, descending=True, stable=True)
-    shares[order[: count - int(shares.sum())]] += 1
+    shares = _shares(sizes, count)
     shuffled = torch.randperm(len(labels), generator=rng)
     picked = [
         shuffled[labels[shuffled] == value][: int(share)]
@@ -291,10 +340,195 @@ def withhold_labels(splits: Splits, fraction: float, *, seed: int, name: str) ->
     kept[_first_of_each(shuffled, _dense(labels)[shuffled], [1] * present)] = True
     others = (~kept).nonzero()[:, 0]
     kept[others[stratified(labels[others], count - present, rng)]] = True
+    return _divided(splits, kept)
+
+
+def keep_per_class(splits: Splits, count: int, *, seed: int, name: str) -> Splits:
+    """Split "train" as `withhold_labels` does, with `count` labelled rows of every class.
+
+    A larger count contains the rows of a smaller one.
+
+    Raises:
+        DataError: train has no labels, a class has too few rows, or none is left unlabelled.
+    """
+    train = splits["train"]
+    labels = labels_of(train)
+    if labels is None:
+        raise DataError(f"data option 'labels_per_class': {name} train has no labels")
+    sizes = torch.bincount(labels)
+    fewest = int(sizes[sizes > 0].min())
+    if count > fewest or count * int((sizes > 0).sum()) >= len(train):
+        raise DataError(
+            f"data option 'labels_per_class': {count} labelled rows of every class are asked of "
+            f"{name}, whose smallest class has {fewest} of {len(train)} train rows; some must "
+            "stay unlabelled"
+        )
+    shuffled = torch.randperm(len(labels), generator=generator(seed, "labels_per_class"))
+    wanted = [count] * len(sizes)
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    kept[_first_of_each(shuffled, labels[shuffled], wanted)] = True
+    return _divided(splits, kept)
+
+
+def keep_listed(
+    splits: Splits, path: str, val: int | float | None = None, *, seed: int, name: str
+) -> Splits:
+    """Split "train" as `withhold_labels` does, with the labelled rows that a file names.
+
+    Args:
+        splits: with labelled "train" whose rows have names (files); before "val" is carved.
+        path: one name a line (the lists of ImageNet with 1 % and 10 % of its labels); or JSON
+            with a list "train" of names or of [name, label, class] (few-shot splits of CoOp).
+            A name may leave out leading folders.
+        val: as for `with_val`; where the data brings none it is carved off the other rows.
+        seed: the run's.
+        name: of the data set.
+
+    Raises:
+        DataError: unreadable; a name that is no row of train, or of several; none is left.
+    """
+    train = splits["train"]
+    names = _names_of(train)
+    if names is None:
+        raise DataError(f"data option 'label_list': the rows of {name} train have no names")
+    by_file: dict[str, list[int]] = {}
+    for row, own in enumerate(names):
+        by_file.setdefault(own.rpartition("/")[2], []).append(row)
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    for listed in _listed(path):
+        rows = by_file.get(listed.rpartition("/")[2], [])
+        found = [r for r in rows if f"/{names[r]}".endswith(f"/{listed}")]
+        if len(found) != 1:
+            what = f"is {len(found)} rows of" if found else "is no row of"
+            near = nearest(listed, names) if not found else ""
+            raise DataError(f"data option 'label_list': '{listed}' {what} {name} train{near}")
+        kept[found[0]] = True
+    if bool(kept.all()):
+        raise DataError(f"data option 'label_list': {path} names every row; none is unlabelled")
+    rest = _with(splits, train=Subset(train, (~kept).nonzero()[:, 0]))
+    rest = with_val(rest, val, seed=seed, name=name)
     labelled = Subset(train, kept.nonzero()[:, 0])
-    return _with(
-        splits, train=labelled, unlabelled=Unlabelled(Subset(train, (~kept).nonzero()[:, 0]))
+    return _with(rest, train=labelled, unlabelled=Unlabelled(rest["train"]))
+
+
+def _listed(path: str) -> list[str]:
+    place = locate(path, option="label_list")
+    try:
+        text = place.read_text(encoding="utf-8")
+        if place.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        entries = json.loads(text)["train"]
+        return [str(e[0]) if isinstance(e, list) else str(e) for e in entries]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"data option 'label_list': {place} is neither lines of names nor JSON with a list "
+            f"'train' ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _names_of(source: Source) -> list[str] | None:
+    if isinstance(source, Subset):
+        inner = _names_of(source.source)
+        return None if inner is None else [inner[row] for row in source.rows.tolist()]
+    found = getattr(source, "names", None)
+    return list(found) if isinstance(found, list) else None
+
+
+def _divided(splits: Splits, kept: Tensor) -> Splits:
+    """The splits with "train" cut into labelled rows and the others, without labels."""
+    train = splits["train"]
+    others = Unlabelled(Subset(train, (~kept).nonzero()[:, 0]))
+    return _with(splits, train=Subset(train, kept.nonzero()[:, 0]), unlabelled=others)
+
+
+# What students see -------------------------------------------------------------------------
+
+
+def narrowed(
+    splits: Splits,
+    *,
+    few_shot: int | float | None = None,
+    drop_classes: Sequence[int | str] = (),
+    seed: int,
+    name: str,
+) -> Splits:
+    """The splits with "train" cut down to what students see, and all of it kept as "full".
+
+    A smaller part is contained in a larger one of the same seed. `about["unseen"]` holds the
+    numbers of the dropped classes. "val" and "test" stay whole.
+
+    Args:
+        splits: with labelled "train"; "full" is taken instead where it is there already.
+        few_shot: share of the rows in (0, 1), or rows of every class; None for all.
+        drop_classes: whose rows are left out, by name or number.
+        seed: the run's.
+        name: of the data set.
+
+    Raises:
+        RecipeError: an unknown class.
+        DataError: no labels, too few rows, or fewer than two classes left.
+    """
+    full = splits["full"] if "full" in splits else splits["train"]
+    labels = labels_of(full)
+    if labels is None:
+        raise DataError(f"few_shot and drop_classes: {name} train has no labels")
+    names = [str(c) for c in splits.about.get("classes", range(int(labels.max()) + 1))]
+    dropped = _kept_classes(drop_classes, names, name, "drop_classes") if drop_classes else []
+    rows = (~torch.isin(labels, torch.tensor(dropped, dtype=torch.int64))).nonzero()[:, 0]
+    if len(torch.unique(labels[rows])) < 2:
+        raise DataError(f"data option 'drop_classes': fewer than two classes of {name} are left")
+    if few_shot is not None:
+        rows = rows[_few(labels[rows], few_shot, generator(seed, "few_shot"), names, name)]
+    about = {k: v for k, v in splits.about.items() if k != "unseen"}
+    if dropped:
+        about["unseen"] = dropped
+    told = [str(about["selection"])] if about.get("selection") else []
+    told += [f"students see {len(rows):,} of {len(full):,} train rows"]
+    told += [f"without {', '.join(names[k] for k in dropped)}"] if dropped else []
+    about["selection"] = ", ".join(told)
+    opened = splits.judging()
+    sources = {role: opened[role] for role in opened}
+    narrow = Subset(full, rows.sort().values)
+    return Splits({**sources, "train": narrow, "full": full}, splits.edition, about)
+
+
+def _few(
+    labels: Tensor, few_shot: int | float, rng: Generator, names: Sequence[str], name: str
+) -> Tensor:
+    """Positions of the few rows, class by class."""
+    shuffled = torch.randperm(len(labels), generator=rng)
+    values, sizes = torch.unique(labels, return_counts=True)
+    if isinstance(few_shot, int):
+        for value, size in zip(values.tolist(), sizes.tolist(), strict=True):
+            if size < few_shot:
+                raise DataError(
+                    f"data option 'few_shot': {few_shot} rows of every class are asked, "
+                    f"'{names[value]}' of {name} has {size}"
+                )
+        shares = [few_shot] * len(values)
+    else:
+        count = round(len(labels) * few_shot)
+        if not len(values) <= count < len(labels):
+            raise DataError(
+                f"data option 'few_shot': {few_shot:g} of {len(labels)} rows of {name} is "
+                f"{count}; at least one row for each of {len(values)} classes is needed"
+            )
+        shares = _shares(sizes, count).clamp(min=1).tolist()
+    return torch.cat(
+        [
+            shuffled[labels[shuffled] == value][:share]
+            for value, share in zip(values.tolist(), shares, strict=True)
+        ]
     )
+
+
+def _shares(sizes: Tensor, count: int) -> Tensor:
+    """How `count` rows are spread over classes of these sizes, by largest remainder."""
+    exact = sizes.double() * count / sizes.sum()
+    shares = exact.floor().long()
+    order = torch.argsort(exact - shares, descending=True, stable=True)
+    shares[order[: count - int(shares.sum())]] += 1
+    return shares
 
 
 def _dense(labels: Tensor) -> Tensor:
@@ -303,10 +537,16 @@ def _dense(labels: Tensor) -> Tensor:
 
 
 class Unlabelled:
-    """A source whose labels are not shown."""
+    """A source whose labels are not shown.
+
+    Attributes:
+        source: with the labels.
+        rows: its positions, all of them.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.rows = torch.arange(len(source))
 
     @property
     def fingerprint(self) -> str:
@@ -319,6 +559,11 @@ class Unlabelled:
     def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
         sample = self.source[item]
         return {key: value for key, value in sample.items() if key != "target"}
+
+    def id_of(self, index: int) -> int:
+        """The content id of position `index`."""
+        find = getattr(self.source, "id_of", None)
+        return int(find(index)) if find is not None else index
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """As the source reads, without `target`."""

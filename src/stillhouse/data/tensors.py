@@ -24,7 +24,10 @@ from stillhouse.errors import DataError, RecipeError, nearest
 
 _ROLES = ("train", "val", "test", "unlabelled", "transfer")
 _VIEWS = {"images": "x", "features": "x", "data": "x", "labels": "target", "y": "target"}
-_BY_CLASS = ("classes", "per_class", "long_tail", "label_fraction")
+_BY_CLASS = (
+    "classes", "per_class", "long_tail", "label_fraction", "labels_per_class", "few_shot",
+    "drop_classes", "modulo",
+)  # fmt: skip
 
 
 class TensorOptions(OwnOptions):
@@ -84,7 +87,7 @@ class Tensors(DataSet[TensorOptions]):
         for role, chosen in choice.splits.items():
             views = {key: value.index_select(0, chosen.rows) for key, value in parts[role].items()}
             if classes and "target" in views:
-                views["target"] = chosen.labels
+                views.update(chosen.views())
             augment = None
             if role == "train" and views["x"].ndim == 4:
                 augment = augment_of(options.augment, views["x"].shape[-1])
@@ -97,10 +100,10 @@ class Tensors(DataSet[TensorOptions]):
                 f"data option 'augment': the training data of {path} are no images but "
                 f"{tuple(first.shape)}"
             )
-        about["selection"] = choice.told
         about["input"] = list(first.shape[1:])
-        if classes:
-            about["classes"] = choice.classes
+        about.update(choice.about())
+        if not classes:
+            del about["classes"]
         if first.ndim == 4:
             about["mean"], about["std"] = moments(first)
         return Splits(sources, f"{path.name} (own tensors)", about)
@@ -226,5 +229,5 @@ def _zeros(views: Mapping[str, Tensor]) -> Tensor:
 
 def _refuse_by_class(options: TensorOptions, path: Path) -> None:
     for option in _BY_CLASS:
-        if getattr(options, option) is not None:
+        if getattr(options, option) not in (None, []):
             raise RecipeError(f"data option '{option}': {path} has no class labels")

@@ -39,6 +39,8 @@ def text_splits(
 ) -> Splits:
     """Splits with the views "text" (strings), "x" (B, length) int64 hashed words, "target".
 
+    Where classes are joined, the view "subclass" says which one a text was of.
+
     Args:
         data: its facts.
         official: texts by official split.
@@ -53,7 +55,7 @@ def text_splits(
     for role, chosen in choice.splits.items():
         texts = [official[role].texts[row] for row in chosen.rows.tolist()]
         sources[role] = TensorSource(
-            {"x": tokens(texts), "text": texts, "target": chosen.labels},
+            {"x": tokens(texts), "text": texts, **chosen.views()},
             ids=chosen.ids,
             name=f"{data.name}/{role}",
         )
@@ -62,8 +64,7 @@ def text_splits(
         "hash": digest,
         "licence": data.licence,
         "source": data.source,
-        "selection": choice.told,
-        "classes": choice.classes,
+        **choice.about(),
         "input": {"length": options.length},
         "vocabulary": options.buckets,
         "tokens": tokens.settings(),

@@ -135,14 +135,22 @@ def splits_of(
     if len(sources) == 1:
         raise DataError("give val or test data: without it no gain can be shown")
     sources.setdefault("test", sources["val"] if "val" in sources else sources["train"])
-    if classes is None:
-        classes = _count_classes(sources["train"])
-    names = [str(c) for c in range(classes)] if isinstance(classes, int) else list(classes)
     sample = sources["train"][0, None]
-    about: dict[str, Any] = {"classes": names}
+    about: dict[str, Any] = {}
+    # Data without labels has no classes; a task that wants them says so.
+    if classes is None and _is_label(sample.get("target")):
+        classes = _count_classes(sources["train"])
+    if classes is not None:
+        names = range(classes) if isinstance(classes, int) else classes
+        about["classes"] = [str(c) for c in names]
     if isinstance(sample.get("x"), Tensor):
         about["input"] = list(sample["x"].shape)
     return Splits(sources, "own data", about)
+
+
+def _is_label(target: Any) -> bool:
+    value = torch.as_tensor(target) if isinstance(target, (int, Tensor)) else None
+    return value is not None and value.ndim == 0 and not value.is_floating_point()
 
 
 def _count_classes(source: Source) -> int:

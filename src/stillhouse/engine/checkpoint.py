@@ -7,11 +7,8 @@ booleans, None, and lists, tuples and mappings of them: never a pickle.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from stillhouse.errors import CheckpointError
+from stillhouse.writing import write_atomic as write_atomic
 
 _MAGIC = b"stillhouse-state-1\n"
 
@@ -101,31 +99,6 @@ def _decode(shape: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "u":
         return tuple(_decode(v, tensors) for v in value)
     return {key: _decode(v, tensors) for key, v in value}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or absent, and survives a power cut.
-
-    Raises:
-        CheckpointError: the disk is full; the old file, if any, is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + f".{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            free = shutil.disk_usage(path.parent).free
-            raise CheckpointError(
-                f"the disk is full: {path} needs {len(data):,} bytes and {free:,} are free. "
-                "What was saved before is untouched; make room and run the same command again"
-            ) from error
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_state(path: Path, state: Any) -> None:

@@ -17,7 +17,7 @@ from stillhouse.batch import Order
 from stillhouse.clock import Clock
 from stillhouse.engine import sharding
 from stillhouse.engine.checkpoint import read_state, write_state
-from stillhouse.engine.job import Best, Each, Fit, Job, Last
+from stillhouse.engine.job import Above, Best, Each, Fit, Job, Last
 from stillhouse.engine.loop import Stage, loop
 from stillhouse.engine.profile import StepProfile
 from stillhouse.engine.step import Clip, Factory, Schedule, Training
@@ -102,7 +102,7 @@ class _Selection:
         stage: Stage,
         validate: Callable[[], dict[str, float]] | None,
         every: int | None,
-        keep: Last | Best | Each,
+        keep: Last | Best | Above | Each,
         total: int,
     ) -> None:
         self.job, self.training, self.stage, self.keep = job, training, stage, keep
@@ -111,6 +111,8 @@ class _Selection:
         self.best: float | None = None
         self.best_step = 0
         self.snapshots: list[str] = []
+        self.stopped = ""
+        self.done = self.below = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -119,9 +121,13 @@ class _Selection:
             "best": self.best,
             "best_step": self.best_step,
             "snapshots": self.snapshots,
+            "stopped": self.stopped,
+            "done": self.done,
+            "below": self.below,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stopped, self.done, self.below = state["stopped"], state["done"], state["below"]
         self.training.load_state_dict(state["training"])
         self.scores, self.best = state["scores"], state["best"]
         self.best_step, self.snapshots = state["best_step"], state["snapshots"]
@@ -129,8 +135,10 @@ class _Selection:
     def __call__(self, _: Any, clock: Clock) -> None:
         if isinstance(self.keep, Each) and clock.step == 0:
             self._snapshot(0)
+        if isinstance(self.keep, Above) and clock.step == 0:
+            self._write_kept()
         self.training(None, clock)
-        done = clock.step + 1
+        self.done = done = clock.step + 1
         ends = isinstance(self.keep, Each) and clock.ends_epoch
         if ends and clock.epoch % self.keep.epochs == 0:  # type: ignore[union-attr]
             self._snapshot(clock.epoch)
@@ -155,39 +163,54 @@ class _Selection:
         objective.train()
         self.stage.log.validation(self.stage.label, done, scores)
         objective.after_validation(scores, clock)
-        if not isinstance(self.keep, Best):
+        if not isinstance(self.keep, (Best, Above)):
             self.scores = scores
             return
         metric = self.keep.metric or self.job.task.main_metric
         if metric not in scores:
             raise RecipeError(
-                f"selection by '{metric}', but validation gives{nearest(metric, scores)[1:]}"
+                f"the best state is chosen by '{metric}', which validation does not give"
+                f"{nearest(metric, scores)}"
             )
         sign = 1.0 if self.job.task.higher_is_better else -1.0
-        if self.best is None or sign * scores[metric] > sign * self.best:
+        if isinstance(self.keep, Above):
+            better = sign * scores[metric] >= sign * self.keep.least
+            self.below = 0 if better else self.below + 1
+            if self.below >= self.keep.patience or (self.below and done == self.total):
+                self.stopped = (
+                    f"{metric} {scores[metric]:.4g} at step {done} is beyond the floor of "
+                    f"{self.keep.least:.4g}; the state of step {self.best_step} is kept"
+                )
+                self.job.log.write("warning", text=f"{self.stage.label}: {self.stopped}")
+        else:
+            better = self.best is None or sign * scores[metric] > sign * self.best
+        if better:
             self.best, self.best_step, self.scores = scores[metric], done, scores
-            with _averaged(training):
-                state = training.objective_state()
-            if self.job.hardware.is_main:
-                write_state(self._best_path, state)
+            self._write_kept()
+
+    def _write_kept(self) -> None:
+        with _averaged(self.training):
+            state = self.training.objective_state()
+        if self.job.hardware.is_main:
+            write_state(self._best_path, state)
 
     @property
     def _best_path(self) -> Path:
         return self.stage.folder / "best.state"
 
     def _default(self) -> dict[str, float]:
-        split = self.keep.split if isinstance(self.keep, Best) else "val"
+        split = self.keep.split if isinstance(self.keep, (Best, Above)) else "val"
         return self.job.evaluate(self.training.objective.export(), split)
 
     def final(self) -> dict[str, Any]:
         """The state that is kept, and what `Fit` tells."""
         objective = self.training.objective
         average_statistics(objective, self.job)
-        if isinstance(self.keep, Best) and self.best is not None:
+        if self.stopped or (isinstance(self.keep, Best) and self.best is not None):
             self.job.hardware.barrier()
             kept = read_state(self._best_path)
         else:
-            self.best_step = self.total
+            self.best_step = self.done
             with _averaged(self.training):
                 kept = {k: v.detach().clone() for k, v in self.training.objective_state().items()}
         return {
@@ -195,6 +218,8 @@ class _Selection:
             "scores": self.scores,
             "best_step": self.best_step,
             "snapshots": self.snapshots,
+            "stopped": self.stopped,
+            "steps": self.done,
         }
 
 
@@ -233,11 +258,12 @@ def run_fit(job: Job, name: str, objective: Objective, data: Order, **given: Any
     share, keep = given["share"], given["keep"] or _keep_of(budget)
     total = steps_of(data, given["steps"], given["epochs"], budget)
     validate_every = given["validate_every"]
-    wanted = isinstance(keep, Best) or getattr(budget, "validate_every", None)
+    wanted = isinstance(keep, (Best, Above)) or getattr(budget, "validate_every", None)
     if validate_every is None and wanted:
         validate_every = _validation_steps(budget, len(data), total)
-    if isinstance(keep, Best) and "val" not in job.splits and given["validate"] is None:
-        raise RecipeError("select: best needs a validation split; add data.options.val")
+    if isinstance(keep, (Best, Above)) and "val" not in job.splits and given["validate"] is None:
+        what = "select: best" if isinstance(keep, Best) else "a floor on a figure"
+        raise RecipeError(f"{what} needs a validation split; add data.options.val")
     stamp = {
         "steps": total,
         "data": getattr(data.source, "fingerprint", "none"),
@@ -261,7 +287,8 @@ def run_fit(job: Job, name: str, objective: Objective, data: Order, **given: Any
     objective.eval()
     job._done(stage)
     return Fit(
-        steps=total,
+        steps=result["steps"],
+        stopped=result["stopped"],
         scores=result["scores"],
         best_step=result["best_step"],
         snapshots=[stage.folder / "snapshots" / s for s in result["snapshots"]],
@@ -284,7 +311,7 @@ def _train(
     objective: Objective,
     data: Order,
     given: Mapping[str, Any],
-    keep: Last | Best | Each,
+    keep: Last | Best | Above | Each,
     total: int,
     validate_every: int | None,
 ) -> dict[str, Any]:
@@ -327,6 +354,7 @@ def _train(
             clock,
             figures=training.figures,
             before_save=training.check_finite,
+            ended=lambda: bool(state.stopped),
         )
     finally:
         training.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ PRECISIONS = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 STRATEGIES = ("auto", "flat", "ddp", "fsdp")
 
 
@@ -62,6 +64,8 @@ class Hardware:
             self._open_fabric(accelerator, devices, nodes, torchrun)
         else:
             self.device = single_device(accelerator)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def _open_fabric(self, accelerator: str, devices: int, nodes: int, torchrun: bool) -> None:
         from lightning_fabric import Fabric
@@ -73,6 +77,8 @@ class Hardware:
         kind: Any = "ddp" if devices * nodes > 1 else "auto"
         if accelerator == "auto" and not torch.cuda.is_available():
             accelerator = "cpu"
+        if accelerator == "cpu" and not torchrun:
+            _refuse_crowd(devices)
         self.fabric = Fabric(
             accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=kind
         )
@@ -146,6 +152,46 @@ class Hardware:
         else:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
         return f"{name}; {self.path}"
+
+
+def _refuse_crowd(devices: int) -> None:
+    """Refuse more processes than this machine could ever serve: each holds a copy of all.
+
+    Raises:
+        RecipeError: more than four for each core, and more than eight.
+    """
+    cores = os.cpu_count() or 1
+    if devices > max(8, 4 * cores):
+        raise RecipeError(
+            f"hardware.devices: {devices} processes on a machine of {cores} cores; "
+            f"{cores} is what it can serve at once"
+        )
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep up to half a GB that was freed, for the next step.
+
+    By default it hands activations of more than some 100 KB back to the system after each
+    layer and has them faulted in, zeroed, at the next: more than half the time of a small
+    network's forward. Blocks above 32 MB still go back at once. A setting of the user's own
+    (MALLOC_..., GLIBC_TUNABLES, another allocator) is left alone, as is any other C library.
+
+    Returns:
+        Whether it was asked to, and agreed.
+    """
+    own = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    if not has_glibc() or any(os.environ.get(name) for name in own):
+        return False
+    ask = ctypes.CDLL(None).mallopt
+    return bool(ask(_TRIM_THRESHOLD, 512 << 20) and ask(_MMAP_THRESHOLD, 32 << 20))
+
+
+def has_glibc() -> bool:
+    """Whether the C library is the one that `keep_freed_memory` can ask."""
+    try:
+        return "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def single_device(accelerator: str) -> torch.device:

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, nn
 
 from stillhouse.artifact import Artifact
-from stillhouse.batch import Batch, Order, Shuffled, Source, Splits
+from stillhouse.batch import Batch, Order, Shuffled, Source, Splits, Streams
 from stillhouse.clock import Clock, Name, Views, generator, seed_of
 from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.hardware import Hardware
@@ -53,6 +53,26 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Above:
+    """Keep the last state whose figure is not below a floor; a training that sinks is ended.
+
+    The initial state counts as one above it.
+
+    Attributes:
+        least: the floor: the lowest figure that is accepted (the highest, where lower is better).
+        patience: validations in a row below it that end the training; a dip that is shorter is
+            passed over, unless the training ends in it.
+        metric: by name; the task's main metric when empty.
+        split: "val" by default.
+    """
+
+    least: float
+    metric: str = ""
+    split: str = "val"
+    patience: int = 1
+
+
+@dataclass(frozen=True)
 class Each:
     """Keep the last state, and leave a snapshot of the export after every n epochs."""
 
@@ -65,6 +85,7 @@ class Fit:
 
     Attributes:
         steps: that were made.
+        stopped: why the training ended before its time; empty when it did not.
         scores: figures of the kept state on the validation split, when there was one.
         best_step: the step whose state was kept.
         snapshots: files of `Each`, in order of epochs (the initial state first).
@@ -78,16 +99,23 @@ class Fit:
     snapshots: list[Path] = field(default_factory=list)
     seconds: float = 0.0
     teacher_seconds: float = 0.0
+    stopped: str = ""
 
 
 class Models(Protocol):
     """Builds what a recipe names; given to the job by the floor above."""
 
+    def has(self, role: str) -> bool: ...
+
     def student(self, job: Job, role: str) -> Net: ...
 
     def teacher(self, job: Job, role: str, otherwise: Callable[[Job], Net] | None) -> Teacher: ...
 
-    def artifact(self, job: Job, module: nn.Module) -> Artifact: ...
+    def trainable_teacher(self, job: Job, role: str, trained: bool) -> Net: ...
+
+    def teaching(self, job: Job, net: Net) -> Teacher: ...
+
+    def artifact(self, job: Job, module: nn.Module, role: str) -> Artifact: ...
 
 
 class Into(Protocol):
@@ -113,7 +141,8 @@ class Job:
         models: builds students and teachers.
         cache: where shared stages lie.
         path: of a child.
-        redo: names of stages to run again, with all that follow.
+        stop: who listens to signals.
+        family: what all jobs of the run share.
     """
 
     def __init__(
@@ -176,6 +205,10 @@ class Job:
 
     # ---- models and data -----------------------------------------------------------------
 
+    def has(self, role: str) -> bool:
+        """Whether the recipe names a "student" or "teacher", or one was handed in."""
+        return self.models.has(role)
+
     def student(self, role: str = "student") -> Net:
         """The recipe's student (or another role), freshly initialised by the seed."""
         return self.models.student(self, role)
@@ -186,9 +219,40 @@ class Job:
         """The recipe's teacher; trained as a stage where the recipe says so or brings none."""
         return self.models.teacher(self, role, otherwise)
 
-    def model_artifact(self, module: nn.Module) -> Artifact:
-        """A model artifact of an exported module, with the task's predictor."""
-        return self.models.artifact(self, module)
+    def trainable_teacher(self, role: str = "teacher", *, trained: bool = True) -> Net:
+        """The recipe's teacher as a network that a method may train: its own copy, unfrozen.
+
+        Args:
+            role: of the teacher.
+            trained: after the training that the recipe asks for it (a stage), or before.
+
+        Raises:
+            TeacherError: the teacher only answers, and is no network here.
+            RecipeError: the recipe names none.
+        """
+        return self.models.trainable_teacher(self, role, trained)
+
+    def teaching(self, net: Net) -> Teacher:
+        """A network that this run has made, as the teacher of what follows.
+
+        It is frozen, its answers are kept in a store where the recipe's teacher asks for one,
+        and the report shows it as the teacher.
+        """
+        return self.models.teaching(self, net)
+
+    @property
+    def teacher_split(self) -> str:
+        """The split that teachers are trained on: "full" where students see a part of train."""
+        return "full" if "full" in self.splits else "train"
+
+    def model_artifact(self, module: nn.Module, role: str = "student") -> Artifact:
+        """A model artifact of an exported module, with the task's predictor.
+
+        Args:
+            module: the network.
+            role: "student" or "teacher": by which of them in the recipe it was built.
+        """
+        return self.models.artifact(self, module, role)
 
     def build(self, make: Callable[[], nn.Module], *name: Name) -> nn.Module:
         """A module whose initial weights are a function of the seed and `name`."""
@@ -200,11 +264,23 @@ class Job:
     def order(self, split: str = "train", batch: int | None = None, **settings: Any) -> Order:
         """The shuffled order of a split, in batches of the budget."""
         size = batch or self.budget.batch
-        store = getattr(getattr(self.recipe, "teacher", None), "store", None)
-        if store is not None and store.draws:
-            # Every side of a comparison then reads the same augmentations, stored or not.
-            settings.setdefault("draws", store.draws)
+        settings = {**self._draws(), **settings}
         return Shuffled(self.splits[split], size, collate=self.task.collate, **settings)
+
+    def streams(self, streams: Mapping[str, tuple[str, int]], **settings: Any) -> Streams:
+        """Several splits read side by side.
+
+        Args:
+            streams: name of each stream to (split, rows of its global batch).
+            settings: of `Streams`, such as `drive`.
+        """
+        sources = {name: (self.splits[split], size) for name, (split, size) in streams.items()}
+        return Streams(sources, collate=self.task.collate, **{**self._draws(), **settings})
+
+    def _draws(self) -> dict[str, Any]:
+        store = getattr(getattr(self.recipe, "teacher", None), "store", None)
+        # Every side of a comparison then reads the same augmentations, stored or not.
+        return {"draws": store.draws} if store is not None and store.draws else {}
 
     # ---- stages ----------------------------------------------------------------------------
 
@@ -229,10 +305,13 @@ class Job:
             )
         self.family.names.add((*self.path, name))
         folder = self.folder / "stages" / Path(*(_safe(p) for p in (*self.path, name)))
+        again = self.family.redoes(name)
         if share is not None:
             key = hashlib.sha256(json.dumps(share, sort_keys=True, default=str).encode())
             folder = self.cache / "shared" / f"{_safe(name)}-{key.hexdigest()[:20]}"
-        elif self.family.redoes(name) and self.hardware.is_main and folder.exists():
+            # It depends on nothing but `share`, so it is run again only when it is named itself.
+            again = again and self.family.names_redo(name)
+        elif again and self.hardware.is_main and folder.exists():
             _remove(folder)
         self.hardware.barrier()
         output = getattr(self.recipe, "output", None)
@@ -247,6 +326,7 @@ class Job:
             stamp=stamp,
             checkpoint_seconds=60.0 * getattr(output, "checkpoint_minutes", 1.0),
             keep=getattr(output, "keep", 2),
+            anew=again,
         )
 
     @contextlib.contextmanager
@@ -259,6 +339,7 @@ class Job:
         main = self.hardware.is_main
         held = locked(stage.folder / "lock", wait=True) if main else contextlib.nullcontext()
         with held, self.stop.listening():
+            stage.forget()
             self.hardware.barrier()
             yield
 
@@ -374,6 +455,12 @@ class Job:
         self._done(stage)
         return into
 
+    def budgeted(self, budget: Any) -> Job:
+        """This job with another budget, for a training that has its own."""
+        other = self.child()
+        other.recipe = self.recipe.model_copy(update={"budget": budget})
+        return other
+
     def child(self, *path: Name) -> Job:
         """A job of its own within this one: expert i, client k, round r, fresh network j."""
         return Job(
@@ -406,7 +493,7 @@ class Job:
         clip: Clip | float | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
         validate_every: int | None = None,
-        keep: Last | Best | Each | None = None,
+        keep: Last | Best | Above | Each | None = None,
         ema: float | None = None,
         share: Mapping[str, Any] | None = None,
         kind: str = "train",
@@ -548,14 +635,18 @@ class Family:
     def __init__(self, redo: Iterable[str] = ()) -> None:
         self.stages: list[dict[str, Any]] = []
         self.names: set[tuple[str, ...]] = set()
-        self.redo = set(redo)
+        self.redo = {_safe(name) for name in redo}
         self.profiled = False
         self._begun = False
 
     def redoes(self, name: str) -> bool:
         """Whether this stage, or one begun before it, is to be run again."""
-        self._begun = self._begun or name in self.redo
+        self._begun = self._begun or self.names_redo(name)
         return self._begun
+
+    def names_redo(self, name: str) -> bool:
+        """Whether this very stage was named."""
+        return _safe(name) in self.redo
 
 
 @contextlib.contextmanager
@@ -592,6 +683,7 @@ def _remove(folder: Path) -> None:
 
 
 __all__ = [
+    "Above",
     "Best",
     "Clip",
     "Each",

@@ -6,6 +6,7 @@ belongs to every loop is written here once: checkpoints and resume, signals, log
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -19,6 +20,8 @@ from stillhouse.engine.checkpoint import Rotation, read_state, write_state
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
 from stillhouse.errors import CheckpointError, Interrupted
+
+STAMP = "stamp.state"
 
 
 class State(Protocol):
@@ -70,6 +73,7 @@ class Stage:
         folder: where its state lies.
         path: the stage's path within the run, part of every seed.
         stamp: what must be equal when the stage is resumed (steps, data, teacher, shapes).
+        anew: what an earlier run left here does not count; `forget` removes it.
 
     Raises:
         CheckpointError: the folder holds a stage with another stamp.
@@ -88,8 +92,10 @@ class Stage:
         stamp: Mapping[str, Any] | None = None,
         checkpoint_seconds: float = 60.0,
         keep: int = 2,
+        anew: bool = False,
     ) -> None:
         self.name, self.kind, self.folder, self.path = name, kind, folder, path
+        self.anew = anew
         self.log, self.hardware, self.stop = log, hardware, stop
         self.rotation = Rotation(folder, keep)
         self.checkpoint_seconds = checkpoint_seconds
@@ -105,18 +111,37 @@ class Stage:
         return "/".join(self.path)
 
     def _check_stamp(self, stamp: dict[str, Any]) -> None:
-        path = self.folder / "stamp.state"
-        if path.exists():
-            old = read_state(path)
+        path = self.folder / STAMP
+        if path.exists() and not self.anew:
+            old = self._read(path)
             changed = sorted(k for k in {*old, *stamp} if old.get(k) != stamp.get(k))
-            if changed:
+            if changed and self._left_nothing():
+                # It was refused before its first step.
+                self._write_stamp(stamp)
+            elif changed:
                 told = ", ".join(f"{k}: {old.get(k)!r} -> {stamp.get(k)!r}" for k in changed)
                 raise CheckpointError(
                     f"the stage '{self.label}' in {self.folder} was begun differently ({told}); "
-                    f"run with --redo {self.name} to begin it anew"
+                    f"run with --redo {shlex.quote(self.name)} to begin it anew"
                 )
-        elif self.hardware.is_main:
-            write_state(path, stamp)
+        else:
+            self._write_stamp(stamp)
+
+    def _write_stamp(self, stamp: dict[str, Any]) -> None:
+        if self.hardware.is_main:
+            write_state(self.folder / STAMP, stamp)
+
+    def _left_nothing(self) -> bool:
+        return all(file.name in {STAMP, "lock"} for file in self.folder.iterdir())
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return read_state(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. Run with --redo {shlex.quote(self.name)} to run the stage "
+                f"'{self.label}' and all after it again"
+            ) from error
 
     @property
     def result_path(self) -> Path:
@@ -128,6 +153,12 @@ class Stage:
         """Whether it has been run to its end."""
         return self.hardware.broadcast(self.result_path.exists()) is True
 
+    def forget(self) -> None:
+        """Remove the result and the checkpoints of an earlier run, where they do not count."""
+        if self.anew and self.hardware.is_main:
+            self.result_path.unlink(missing_ok=True)
+            self.rotation.clear()
+
     def begin(self) -> None:
         """Note in the log that the stage begins or goes on."""
         self._began = self._saved = time.monotonic()
@@ -135,7 +166,7 @@ class Stage:
 
     def result(self) -> Any:
         """What the finished stage returned, read back."""
-        stored = read_state(self.result_path)
+        stored = self._read(self.result_path)
         self.seconds = stored["seconds"]
         self.figures = stored["figures"]
         self.log.write(
@@ -215,6 +246,7 @@ def loop(
     *,
     figures: Callable[[], Mapping[str, float]] | None = None,
     before_save: Callable[[], None] | None = None,
+    ended: Callable[[], bool] | None = None,
 ) -> None:
     """Run `body(state, clock)` for steps [0, total), from the last checkpoint on.
 
@@ -227,6 +259,7 @@ def loop(
         clock: moved by the loop; its epoch fields are the body's to keep.
         figures: for the progress display, asked for only when it is shown.
         before_save: called before each checkpoint, such as a pending finite check.
+        ended: asked after each step whether the rest is left out; a function of the state.
     """
     saved = stage.restore()
     start = 0
@@ -242,6 +275,8 @@ def loop(
     for step in range(start, total):
         clock.step = step
         body(state, clock)
+        if ended is not None and ended():
+            break
         now = time.monotonic()
         if progress is not None and progress.due(now):
             progress.update(step + 1, total, figures() if figures else {}, now)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stillhouse.batch import Batch, Order, Rows
+from stillhouse.batch import Batch, Order, Rows, Shuffled, read_block
 from stillhouse.clock import Clock, Views, generator, seed_of
 from stillhouse.engine import sharding
 from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.profile import StepProfile
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.objective import Count, Objective
+from stillhouse.objective import PREPARE, Count, Objective
 from stillhouse.teacher import Knowledge, Teacher
 
 Factory = Callable[[Iterable[Any]], Optimizer]
@@ -175,6 +176,7 @@ class Training:
         self._views = Views(seed_of(clock.seed, "views"))
         self._order_seed = seed_of(clock.seed, clock.path, "order")
         self._noise = seed_of(clock.seed, clock.path, "noise", hardware.rank)
+        self._amounts: dict[str, float] = {}
         self._sums: dict[str, Any] = {}
         self._summed = 0
         self._refused = 0
@@ -184,6 +186,7 @@ class Training:
         self.teacher_seconds = 0.0
         self.last: dict[str, float] = {}
         self._on_cpu = hardware.device.type == "cpu"
+        self._mixed = hardware.precision.endswith("-mixed")
         self._scaler = (
             torch.amp.GradScaler(hardware.device.type) if hardware.precision == "16-mixed" else None
         )
@@ -194,7 +197,7 @@ class Training:
             else {n: p.detach().clone() for n, p in objective.student.state_dict().items()}
         )
         self.ema_decay = ema or 0.0
-        self._reader = _ReadAhead(self, prefetch) if prefetch else None
+        self._reader = _ReadAhead(self, prefetch) if prefetch else _together(self)
         self.profile = profile
 
     def _refuse_what_cannot_be(self, ema: float | None) -> None:
@@ -309,7 +312,10 @@ class Training:
         batch = self._read(rows, clock)
         if profile is not None:
             profile.lap("data")
+        self._amounts = {}
         if type(objective).prepare is not Objective.prepare:
+            for part in self.parts:
+                part.begin_slot(PREPARE)
             with torch.no_grad():
                 batch = objective.prepare(batch, clock)
             if profile is not None:
@@ -367,15 +373,15 @@ class Training:
 
     def read_block(self, rows: Rows, epoch: int) -> Batch:
         """This process's contiguous block of a step's rows."""
-        whole = len(rows)
-        world, rank = self.hardware.world, self.hardware.rank
-        start, stop = whole * rank // world, whole * (rank + 1) // world
-        if world > 1:
-            rows = rows[start:stop]
-        batch = self.order.read(rows, Views(self._views.seed, epoch))
-        batch["rows"] = slice(start, stop)
-        batch["of"] = whole
-        return batch
+        hardware = self.hardware
+        return read_block(self.order, rows, self.views_of(epoch), hardware.rank, hardware.world)
+
+    def views_of(self, epoch: int) -> Views:
+        """The chance of an epoch's readings."""
+        views = self._views
+        if views.epoch != epoch:
+            views = self._views = Views(views.seed, epoch)
+        return views
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, float]] | None:
         """What part of the step's mean each micro-batch holds, by term; None: refuse."""
@@ -448,9 +454,10 @@ class Training:
         # The same noise for the same micro-batch, however often it is run in this step.
         torch.default_generator.manual_seed(seed_of(self._noise, clock.step, number, clock.turn))
         if not self._on_cpu:
-            _seed_device(self.hardware.device, seed_of(self._noise, clock.step, number, clock.turn))
+            seed_device(self.hardware.device, seed_of(self._noise, clock.step, number, clock.turn))
         for part in self.parts:
-            part.begin_slot(number)
+            if part._slot != number:
+                part.begin_slot(number)
         known = knowledge[number]
         if self.profile is not None:
             self.profile.lap("engine")
@@ -458,14 +465,17 @@ class Training:
             known = knowledge[number] = self._ask(micro[number])
             if self.profile is not None:
                 self.profile.lap("teacher")
-        with self.hardware.autocast():
-            terms: dict[str, Tensor] = self.module(micro[number], known, clock)
+        if self._mixed:
+            with self.hardware.autocast():
+                terms: dict[str, Tensor] = self.module(micro[number], known, clock)
+        else:
+            terms = self.module(micro[number], known, clock)
         if self.profile is not None:
             self.profile.lap("student forward")
         share = shares[number]
+        if share is _WHOLE[0]:
+            return terms
         if len(micro) == 1 and self.hardware.world == 1:
-            if len(share) == 1 and "" in share:
-                return terms
             return {n: v for n, v in terms.items() if share.get(_prefix(n, share), 0.0) > 0}
         return {
             name: value * share[_prefix(name, share)]
@@ -522,7 +532,8 @@ class Training:
             wanted = sets or (None,)
             sums: list[list[Tensor | None]] = [[None] * len(params) for _ in wanted]
             for number in range(len(micro)):
-                found = forward(number)
+                with still_statistics(self.objective, calls > 0):
+                    found = forward(number)
                 if calls == 0:
                     _add(terms, found)
                 chosen = [_chosen(found, names) for names in wanted]
@@ -542,7 +553,8 @@ class Training:
             return sums
 
         combined = self.gradient(grads, params)
-        if self.hardware.world > 1 and terms:
+        if self.hardware.world > 1:
+            # Also where this process has no rows, and so no terms: the others wait for it.
             self._reduced([], [], terms)
         for parameter, value in zip(params, combined, strict=True):
             parameter.grad = None if value is None else value * scale
@@ -632,9 +644,11 @@ class Training:
             self._pending = bad if self._pending is None else torch.maximum(self._pending, bad)
             self._pending_names = list(terms)
             return True
-        for name, value in terms.items():
-            if not math.isfinite(float(value)):
+        amounts = {name: value.item() for name, value in terms.items()}
+        for name, amount in amounts.items():
+            if not math.isfinite(amount):
                 self._not_finite([name], clock)
+        self._amounts.update(amounts)
         return True
 
     def _guard(self, terms: Mapping[str, Tensor], clock: Clock) -> None:
@@ -675,8 +689,9 @@ class Training:
 
     def _keep(self, terms: Mapping[str, Tensor], clock: Clock) -> None:
         sums = self._sums
-        for name, value in terms.items():
-            amount = value.item() if self._on_cpu else value.detach()
+        # On the CPU the guard has read the numbers; elsewhere reading waits for the device.
+        amounts = self._amounts if self._on_cpu else {n: v.detach() for n, v in terms.items()}
+        for name, amount in amounts.items():
             sums[name] = sums[name] + amount if name in sums else amount
         self._summed += 1
         if (clock.step + 1) % self.log_every == 0 or clock.step + 1 == clock.total:
@@ -703,7 +718,7 @@ class Training:
     def close(self) -> None:
         """Let go of gradients and reading threads."""
         if self._reader is not None:
-            self._reader.pool.shutdown(wait=False, cancel_futures=True)
+            self._reader.close()
         for parameter in self.params.values():
             parameter.grad = None
 
@@ -734,6 +749,72 @@ class _ReadAhead:
                 )
         batch: Batch = self.pending.pop((epoch, index)).result()
         return batch
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Together:
+    """Reads some coming steps at once, where steps are so small that each call is felt.
+
+    What a step gets does not depend on which steps were read with it, so that a resumed run
+    may begin anywhere.
+    """
+
+    def __init__(self, training: Training, order: Shuffled) -> None:
+        self.training, self.order = training, order
+        self.count = order.together
+        self.held: list[Batch] = []
+        self.begins = (-1, 0)
+
+    def take(self, epoch: int, index: int) -> Batch:
+        """The batch of this step."""
+        at = index - self.begins[1]
+        if epoch != self.begins[0] or not 0 <= at < len(self.held):
+            steps = self.training._rows[index : index + self.count]
+            self.held = self.order.read_together(steps, self.training.views_of(epoch))
+            self.begins, at = (epoch, index), 0
+        batch = self.held[at]
+        size = len(batch["id"])
+        batch["rows"] = slice(0, size)
+        batch["of"] = size
+        return batch
+
+    def close(self) -> None:
+        """Let go of what was read."""
+        self.held = []
+
+
+def _together(training: Training) -> _Together | None:
+    order = training.order
+    if training.hardware.world > 1 or type(order) is not Shuffled or order.together < 2:
+        return None
+    return _Together(training, order)
+
+
+@contextmanager
+def still_statistics(module: nn.Module, still: bool) -> Iterator[None]:
+    """Inside the block running statistics of normalisation layers do not move.
+
+    For a further pass over the rows of a step, whose activations are none of the data's.
+    """
+    kinds = nn.modules.batchnorm._NormBase
+    layers = [m for m in module.modules() if isinstance(m, kinds)] if still else []
+    held = [layer.momentum for layer in layers]
+    counted = [layer.num_batches_tracked for layer in layers]
+    before = [None if c is None else c.clone() for c in counted]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum, count, value in zip(layers, held, counted, before, strict=True):
+            layer.momentum = momentum
+            # Only an average over all batches (momentum None) reads the count: released codes
+            # count both passes, which is harmless otherwise.
+            if momentum is None and count is not None and value is not None:
+                count.copy_(value)
 
 
 def _by_name(count: Count) -> dict[str, float]:
@@ -775,7 +856,8 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _seed_device(device: torch.device, seed: int) -> None:
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed the noise of an accelerator; that of the CPU is the default generator's."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":

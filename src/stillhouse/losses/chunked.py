@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.losses.row_blocks import graph_is_kept
 
 
 def chunked(
@@ -178,7 +179,22 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(None if g is None else g * grad.to(g.dtype) for g in ctx.grads))
+        grads = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "going backward through a chunked loss a second time: its gradients were handed "
+                "out; say retain_graph=True the first time"
+            )
+        if graph_is_kept():
+            return (None, *(None if g is None else g * grad.to(g.dtype) for g in grads))
+        # Nobody asks again: the sums themselves are handed out, not copies of their size.
+        ctx.grads = None
+        # Elsewhere than on the CPU a look would wait for the device.
+        if grad.device.type != "cpu" or grad.item() != 1.0:
+            for found in grads:
+                if found is not None:
+                    found.mul_(grad.to(found.dtype))
+        return (None, *grads)
 
 
 def _general_step(

@@ -11,13 +11,15 @@ Half precision is widened to float32 inside; float32 and float64 stay what they 
 is detached: a teacher without gradient is the caller's business, and targets may be learnt.
 Classes that both sides rule out with minus infinity (a padded vocabulary) contribute nothing.
 
-Memory over large vocabularies is a separate matter: any of these losses with reduction
-"none" may be handed to `chunked`.
+Over large vocabularies the softmax divergences are computed some rows at a time (`row_blocks`),
+which costs no memory beyond one gradient per input. The logits themselves are a separate
+matter: any of these losses with reduction "none" may be handed to `chunked`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from stillhouse.errors import ModelError, RecipeError, nearest
 from stillhouse.losses.chunked import chunked as chunked
 from stillhouse.losses.chunked import wide
+from stillhouse.losses.row_blocks import block_of, by_rows
 
 Reduction = Literal["mean", "sum", "none"]
 Direction = Literal["forward", "reverse", "symmetric", "js", "skewed_forward", "skewed_reverse"]
@@ -126,21 +129,42 @@ def kl(
     _within("beta", beta, 0.0, 1.0)
     if not 0.0 <= skew < 1.0:
         raise RecipeError(f"skew must lie in [0, 1), not {skew}")
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature, mask)
-    if direction == "forward":
-        items = _expected(log_p, log_p - log_q)
-    elif direction == "reverse":
-        items = _expected(log_q, log_q - log_p)
-    elif direction == "symmetric":
-        items = beta * _expected(log_p, log_p - log_q)
-        items = items + (1.0 - beta) * _expected(log_q, log_q - log_p)
-    elif direction == "js":
-        items = _generalised_js(log_p, log_q, beta)
-    elif direction == "skewed_forward":
-        items = _expected(log_p, -_mixture_ratios(log_p, log_q, skew)[0])
-    else:
-        items = _expected(log_q, -_mixture_ratios(log_p, log_q, 1.0 - skew)[1])
+    _check_pair(student_logits, teacher_logits)
+
+    if direction == "forward" and mask is None and reduction == "mean":
+        whole = _mean_forward(student_logits, teacher_logits, temperature)
+        if whole is not None:
+            return _scaled(whole, temperature, scale)
+
+    def rows(student: Tensor, teacher: Tensor) -> Tensor:
+        return _divergence(
+            _tempered(wide(student), temperature).log_softmax(-1),
+            _tempered(wide(teacher), temperature).log_softmax(-1),
+            direction,
+            beta,
+            skew,
+        )
+
+    items = _in_blocks(rows, temperature, student_logits, teacher_logits, mask=mask)
     return _reduce(_scaled(items, temperature, scale), mask, reduction)
+
+
+def _divergence(
+    log_q: Tensor, log_p: Tensor, direction: Direction, beta: float, skew: float
+) -> Tensor:
+    """The divergence of log-probabilities (..., classes), per item; see `kl`."""
+    if direction == "forward":
+        return _expected(log_p, log_p - log_q)
+    if direction == "reverse":
+        return _expected(log_q, log_q - log_p)
+    if direction == "symmetric":
+        forward = _expected(log_p, log_p - log_q)
+        return beta * forward + (1.0 - beta) * _expected(log_q, log_q - log_p)
+    if direction == "js":
+        return _generalised_js(log_p, log_q, beta)
+    if direction == "skewed_forward":
+        return _expected(log_p, -_mixture_ratios(log_p, log_q, skew)[0])
+    return _expected(log_q, -_mixture_ratios(log_p, log_q, 1.0 - skew)[1])
 
 
 def jsd(
@@ -211,8 +235,15 @@ def total_variation(
     Raises:
         ModelError: shapes differ, or a single class.
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature, mask)
-    return _reduce(0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), mask, reduction)
+    _check_pair(student_logits, teacher_logits)
+
+    def rows(student: Tensor, teacher: Tensor) -> Tensor:
+        q = _tempered(wide(student), temperature).softmax(-1)
+        p = _tempered(wide(teacher), temperature).softmax(-1)
+        return 0.5 * (p - q).abs().sum(-1)
+
+    items = _in_blocks(rows, temperature, student_logits, teacher_logits, mask=mask)
+    return _reduce(items, mask, reduction)
 
 
 def soft_cross_entropy(
@@ -345,21 +376,26 @@ def topk_kl(
             f"shape {tuple(student_logits.shape)}: the leading dimensions must be equal"
         )
     temperature = float(teacher.temperature)
-    log_q = _log_softmax(student_logits, temperature, mask)
-    log_p = _without(wide(teacher.logp).to(log_q.dtype), mask)
-    kept_q = log_q.gather(-1, teacher.ids)
-    if tail == "sample":
-        items = _sampled(log_p, kept_q, teacher.weights)
-    elif tail == "truncate":
-        log_p = log_p - log_p.logsumexp(-1, keepdim=True)
-        items = _expected(log_p, log_p - kept_q)
-    else:
-        rest_p = _without(wide(teacher.rest).to(log_q.dtype).unsqueeze(-1), mask)
-        padding = log_p == -math.inf
-        rest_q = _missing_mass(log_q, teacher.ids, padding)
-        both_p = torch.cat([log_p, rest_p], -1)
-        both_q = torch.cat([kept_q, rest_q.unsqueeze(-1)], -1)
-        items = _expected(both_p, both_p - both_q)
+    stored = [_without(teacher.logp, mask)]
+    if tail == "tail":
+        stored.append(_without(teacher.rest.unsqueeze(-1), mask))
+    elif tail == "sample" and teacher.weights is not None:
+        stored.append(teacher.weights)
+
+    def rows(student: Tensor, ids: Tensor, log_p: Tensor, *more: Tensor) -> Tensor:
+        log_q = _tempered(wide(student), temperature).log_softmax(-1)
+        log_p = wide(log_p).to(log_q.dtype)
+        kept_q = log_q.gather(-1, ids)
+        if tail == "sample":
+            return _sampled(log_p, kept_q, more[0] if more else None)
+        if tail == "truncate":
+            log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+            return _expected(log_p, log_p - kept_q)
+        rest_q = _missing_mass(log_q, ids, padding=log_p == -math.inf)
+        both_p = torch.cat([log_p, wide(more[0]).to(log_q.dtype)], -1)
+        return _expected(both_p, both_p - torch.cat([kept_q, rest_q.unsqueeze(-1)], -1))
+
+    items = by_rows(rows, _without(student_logits, mask), teacher.ids, *stored)
     return _reduce(_scaled(items, temperature, scale), mask, reduction)
 
 
@@ -516,7 +552,9 @@ def mse_probabilities(
     Raises:
         ModelError: shapes differ, or a single class.
     """
-    log_q, log_p = _log_softmaxes(student_logits, teacher_logits, temperature, mask)
+    _check_pair(student_logits, teacher_logits)
+    log_q = _log_softmax(student_logits, temperature, mask)
+    log_p = _log_softmax(teacher_logits, temperature, mask)
     return _reduce((log_q.exp() - log_p.exp()).square().mean(-1), mask, reduction)
 
 
@@ -551,6 +589,19 @@ def _wide_pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[T
     return wide(_without(student, mask)), wide(_without(teacher, mask))
 
 
+def _in_blocks(
+    rows: Callable[..., Tensor],
+    temperature: float | Tensor,
+    *logits: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """`rows(*logits)` per item, some rows at a time unless every item has its temperature."""
+    logits = tuple(_without(x, mask) for x in logits)
+    if isinstance(temperature, Tensor):
+        return rows(*logits)
+    return by_rows(rows, *logits)
+
+
 def _tempered(x: Tensor, temperature: float | Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return x / (temperature.unsqueeze(-1) if temperature.ndim else temperature).to(x.dtype)
@@ -561,13 +612,6 @@ def _tempered(x: Tensor, temperature: float | Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
     return _tempered(wide(_without(logits, mask)), temperature).log_softmax(-1)
-
-
-def _log_softmaxes(
-    student: Tensor, teacher: Tensor, temperature: float | Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    _check_pair(student, teacher)
-    return _log_softmax(student, temperature, mask), _log_softmax(teacher, temperature, mask)
 
 
 def _scaled(items: Tensor, temperature: float | Tensor, scale: bool) -> Tensor:
@@ -599,6 +643,34 @@ def _reduce(items: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     return items.sum() / weight.sum().clamp(min=torch.finfo(items.dtype).tiny)
 
 
+def _mean_forward(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor
+) -> Tensor | None:
+    """The mean forward KL in one sum over items and classes; None where that cannot be known.
+
+    Some operations and their gradients less than item by item, which steps of a millisecond
+    feel. A class of weight 0 makes the sum NaN, as NaN itself does: then item by item.
+    """
+    items = student_logits.numel() // max(1, student_logits.shape[-1])
+    if isinstance(temperature, Tensor) or items > block_of(student_logits):
+        return None
+    if not _may_look(student_logits):
+        return None
+    log_q = _log_softmax(student_logits, temperature, None)
+    log_p = _log_softmax(teacher_logits, temperature, None)
+    whole = (log_p.exp() * (log_p - log_q)).sum()
+    try:
+        known = not math.isnan(whole.item())
+    except RuntimeError:  # inside a transform of functions
+        return None
+    return whole / items if known else None
+
+
+def _may_look(value: Tensor) -> bool:
+    """Whether a number may be read: elsewhere than on the CPU that waits for the device."""
+    return value.device.type == "cpu" and value.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def _expected(log_weight: Tensor, values: Tensor) -> Tensor:
     """Sum of exp(log_weight) values over classes; classes of weight 0 contribute nothing."""
     if not _all_positive(log_weight):
@@ -612,7 +684,7 @@ def _all_positive(log_weight: Tensor) -> bool:
     On the CPU a look is a third of the masking and its backward. Elsewhere it would wait for
     the device, and transforms of functions forbid it: there it is not known.
     """
-    if log_weight.device.type != "cpu" or torch.compiler.is_compiling() or not log_weight.numel():
+    if not _may_look(log_weight):
         return False
     try:
         return log_weight.detach().min().item() > -math.inf

@@ -30,9 +30,9 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from stillhouse.artifact import read_description, restore_weights
+from stillhouse.artifact import altered, read_description, restore_weights
 from stillhouse.data.roots import cache_root, given_roots
-from stillhouse.errors import MissingExtra, ModelError, nearest
+from stillhouse.errors import MissingExtra, ModelError, StillhouseError, nearest
 
 KINDS = ("timm", "hf", "torchvision", "stillhouse")
 PRETRAINED = "pretrained"
@@ -52,6 +52,8 @@ HF_TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+# Not a class of transformers: an image and a text tower, and prompts of the class names.
+ZERO_SHOT = "zero-shot-image-classification"
 _OFF = "downloads are switched off (STILLHOUSE_OFFLINE or HF_HUB_OFFLINE)"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
@@ -72,7 +74,9 @@ def load_model(
         options: of the model's constructor. `input_mean` and `input_std` (a number per
             channel) are kept as attributes of the module, which tasks use to normalise
             images; `trust_remote_code: true` lets a Hugging Face model run its own code; and
-            for `hf:`, `task` is one of `HF_TASKS`.
+            for `hf:`, `task` is one of `HF_TASKS`, or "zero-shot-image-classification", which
+            makes a classifier of a CLIP model and prompts of the data's class names
+            (`models/clip_classifier.py` has its options, such as `templates`).
         weights: None for a fresh start; "pretrained" for those the library publishes under
             the id (torchvision: also their own name, IMAGENET1K_V1); "data:PATH" for a file
             below a data root; else a .safetensors or .pth file, or a folder that holds one.
@@ -143,10 +147,10 @@ def imported(name: str, what: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name and module_name.split(".")[0] != error.name.split(".")[0]:
             raise ModelError(f"the {what} '{name}' needs the package '{error.name}'") from error
+        hint = nearest(module_name, KINDS) if what == "model" else ""
         raise ModelError(
             f"the {what} '{name}' names the module '{module_name}', which cannot be imported "
-            f"({error}); known kinds: {', '.join(k + ':' for k in KINDS)}"
-            f"{nearest(module_name, KINDS) if what == 'model' else ''}"
+            f"({error}){hint}"
         ) from error
     finally:
         if added:
@@ -233,7 +237,7 @@ def _call(
             f"{model} needs the option '{sorted(lacking)[0]}', which neither the recipe's options "
             "nor the data give"
         )
-    module = factory(**filled)
+    module = _built(model, lambda: factory(**filled))
     if not isinstance(module, nn.Module):
         raise ModelError(f"{model} made a {type(module).__name__}; an nn.Module is needed")
     return module
@@ -249,13 +253,17 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     if classes is not None:
         count = classes if isinstance(classes, int) else len(classes)
         facts.update(classes=count, num_classes=count)
+        if not isinstance(classes, int):
+            facts["class_names"] = [str(name) for name in classes]
         if isinstance(shape, (list, tuple)):
             facts["inputs"] = math.prod(shape)
             if len(shape) == 3:
                 height, width = shape[1:]
                 facts.update(channels=shape[0], size=height if height == width else (height, width))
-    if isinstance(shape, Mapping):
-        facts.update({k: shape[k] for k in ("vocabulary", "length") if k in shape})
+    if isinstance(shape, Mapping) and "length" in shape:
+        facts["length"] = shape["length"]
+    if "vocabulary" in about:
+        facts["vocabulary"] = about["vocabulary"]
     return facts
 
 
@@ -375,6 +383,8 @@ def _hugging_face(
 ) -> nn.Module:
     transformers = _library("transformers", "language")
     model = f"hf:{name}"
+    if options.get("task") == ZERO_SHOT:
+        return _zero_shot(name, options, weights, about)
     trust = options.pop("trust_remote_code", False) is True
     auto = getattr(transformers, HF_TASKS[_hf_task(options, about)])
     head = auto is not transformers.AutoModel
@@ -397,6 +407,22 @@ def _hugging_face(
         seen = _json(place / "preprocessor_config.json")
         _take_normalisation(module, seen.get("image_mean"), seen.get("image_std"))
     return module
+
+
+def _zero_shot(
+    name: str, options: dict[str, Any], weights: Any, about: Mapping[str, Any]
+) -> nn.Module:
+    """A CLIP-like model with prompts of the data's class names as its classifier."""
+    from stillhouse.models.clip_classifier import CLIPClassifier
+
+    given = {key: value for key, value in options.items() if key != "task"}
+    if weights not in (None, PRETRAINED):
+        raise ModelError(
+            f"hf:{name}: task {ZERO_SHOT} takes weights: pretrained, or none for a fresh start; "
+            "for other weights give their folder as the model"
+        )
+    given = {"clip": name, "pretrained": weights == PRETRAINED, **given}
+    return _call(CLIPClassifier, f"hf:{name}", given, about, everything=True)
 
 
 def _labels(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,7 +461,8 @@ def _hf_task(options: dict[str, Any], about: Mapping[str, Any]) -> str:
         classifier = "image-classification" if image else "sequence-classification"
         task = classifier if "classes" in about else "encoder"
     if task not in HF_TASKS:
-        raise ModelError(f"hf: models have no task '{task}'{nearest(str(task), HF_TASKS)}")
+        known = [*HF_TASKS, ZERO_SHOT]
+        raise ModelError(f"hf: models have no task '{task}'{nearest(str(task), known)}")
     return str(task)
 
 
@@ -530,6 +557,7 @@ def _artifact(
     module = load_model(
         made["id"], options={**made.get("options", {}), **options}, about=known or about
     )
+    module = altered(module, made)
     restore_weights(module, path)
     net = description.get("net") or {}
     _take_normalisation(module, net.get("mean"), net.get("std"))
@@ -551,9 +579,13 @@ def _library(name: str, extra: str) -> Any:
 def _built(model: str, make: Callable[[], Any]) -> nn.Module:
     try:
         module = make()
-    except (TypeError, ValueError, AttributeError) as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{model} cannot be built with these options: {told}") from error
+    except StillhouseError:
+        raise
+    except Exception as error:  # a factory may be anyone's, and fail in any way
+        told = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"{model} cannot be built with these options: {type(error).__name__}: {told}"
+        ) from error
     return module  # type: ignore[no-any-return]
 
 
@@ -676,9 +708,9 @@ def find_weights(weights: str | Path) -> Path:
         for name in _WEIGHT_FILES:
             if (place / name).is_file():
                 return place / name
-    beside = [
-        entry.name for place in tried if place.parent.is_dir() for entry in place.parent.iterdir()
-    ]
+    folders = [place.parent for place in tried if place.parent.is_dir()]
+    endings = {Path(name).suffix for name in _WEIGHT_FILES} | {".pth", ".pt", ".ckpt"}
+    beside = [f.name for folder in folders for f in folder.iterdir() if f.suffix in endings]
     near = nearest(Path(text).name, beside) if beside else ""
     unset = "" if given_roots() else "; STILLHOUSE_DATA is not set"
     raise ModelError(

@@ -117,6 +117,136 @@ class Project:
         return f"Project(keep={self.keep}, turn={self.turn}, scope='{self.scope}')"
 
 
+class Sharpness:
+    """Two gradients a step, so that training ends where the loss is flat (SAM, ASAM, GSAM).
+
+    With g the gradient at the parameters w, and all norms and products over all parameters
+    together:
+
+    1. `e = rho g / (||g|| + 1e-12)`, or, adaptive, `e = rho w^2 g / (|| |w| g || + 1e-12)`;
+    2. g+ is the gradient at w + e of the same step (same rows, same augmentation and noise);
+    3. the component of g that is orthogonal to g+, `g_perp = g - cos ||g|| g+ / (||g+|| + 1e-12)`
+       with `cos = <g, g+> / (||g|| ||g+|| + 1e-12)`;
+    4. the gradient of the step is `g+ - alpha g_perp`, at w again.
+
+    Sources: Foret et al., ICLR 2021 (SAM); Kwon et al., ICML 2021 (ASAM); Zhuang et al., ICLR
+    2022 (GSAM); the form is that of FTD (Du et al., CVPR 2023), released code
+    `buffer/gsam/gsam.py`. With alpha 0 it is (A)SAM, with rho 0 the plain gradient whatever
+    alpha is. Weights that are 0 are not perturbed in the adaptive form. Running statistics of
+    normalisation layers move in the first pass only (the loop sees to that), and terms are
+    logged from the first. A step costs two.
+
+    Args:
+        rho: size of the perturbation; .01 goes with the adaptive form, .05-.1 with the other.
+        alpha: weight of the orthogonal component that is taken off.
+        adaptive: relative to the size of each weight (ASAM).
+        form: "gsam", or "penalty": the gradient of `L(w) + alpha (L(w + e) - L(w))` with e held
+            constant, `(1 - alpha) g + alpha g+` (reconstructed from FTD's objective; SAM for
+            alpha 1).
+
+    Raises:
+        RecipeError: a negative rho, or an unknown form.
+    """
+
+    def __init__(
+        self,
+        rho: float = 0.01,
+        alpha: float = 0.3,
+        adaptive: bool = True,
+        form: Literal["gsam", "penalty"] = "gsam",
+    ) -> None:
+        if rho < 0:
+            raise RecipeError(f"the perturbation of Sharpness must be at least 0, not {rho}")
+        if form not in ("gsam", "penalty"):
+            raise RecipeError(f"the form of Sharpness is 'gsam' or 'penalty', not '{form}'")
+        self.rho, self.alpha, self.adaptive, self.form = rho, alpha, adaptive, form
+
+    @torch.no_grad()
+    def __call__(self, grads: Grads, params: Sequence[Tensor]) -> GradientList:
+        """The gradient of each parameter.
+
+        Args:
+            grads: see `Grads`; called twice.
+            params: the parameters that move; perturbed for the second pass, and back again bit
+                for bit.
+        """
+        with torch.enable_grad():
+            (clean,) = grads(None)
+        kept = [p.detach().clone() for p in params]
+        try:
+            for parameter, step in zip(params, self.perturbation(clean, params), strict=True):
+                if step is not None:
+                    parameter.add_(step)
+            with torch.enable_grad():
+                (sharp,) = grads(None)
+        finally:
+            for parameter, value in zip(params, kept, strict=True):
+                parameter.copy_(value)
+        return self.combined(clean, sharp)
+
+    def perturbation(
+        self, grad: Sequence[Tensor | None], params: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """What is added to each parameter before the second pass; None where no gradient is."""
+        scaled = grad
+        if self.adaptive:
+            scaled = [None if g is None else p.abs() * g for g, p in zip(grad, params, strict=True)]
+        square = inner(scaled, scaled)
+        if square is None:
+            return [None] * len(grad)
+        factor = self.rho / (square.sqrt() + 1e-12)
+        if self.adaptive:
+            return [
+                None if s is None else factor.to(s.dtype) * p.abs() * s
+                for s, p in zip(scaled, params, strict=True)
+            ]
+        return [None if g is None else factor.to(g.dtype) * g for g in grad]
+
+    def combined(
+        self, clean: Sequence[Tensor | None], sharp: Sequence[Tensor | None]
+    ) -> GradientList:
+        """The gradient of the step from that at the parameters and that beside them."""
+        if self.form == "penalty":
+            # w g + (1 - w) 0 where one side is missing: no gradient counts as zero.
+            parts = ((1.0 - self.alpha, clean), (self.alpha, sharp))
+            return _weighted(parts)
+        product = inner(clean, sharp)
+        if product is None:
+            return list(sharp)
+        ours, theirs = inner(clean, clean), inner(sharp, sharp)
+        assert ours is not None
+        assert theirs is not None
+        length, other = ours.sqrt(), theirs.sqrt()
+        cosine = product / (length * other + 1e-12)
+        along = cosine * length / (other + 1e-12)
+        # g+ - alpha (g - along g+)
+        return _weighted(((-self.alpha, clean), (1.0 + self.alpha * along, sharp)))
+
+    def __repr__(self) -> str:
+        return (
+            f"Sharpness(rho={self.rho}, alpha={self.alpha}, adaptive={self.adaptive}, "
+            f"form='{self.form}')"
+        )
+
+
+def _weighted(
+    parts: Sequence[tuple[float | Tensor, Sequence[Tensor | None]]],
+) -> GradientList:
+    """Sum of weighted gradients by parameter; None where none of them reaches it."""
+    found: GradientList = []
+    for entries in zip(*(grads for _, grads in parts), strict=True):
+        reached = [
+            (weight.to(g.dtype) if isinstance(weight, Tensor) else weight) * g
+            for (weight, _), g in zip(parts, entries, strict=True)
+            if g is not None
+        ]
+        total: Tensor | None = None
+        for piece in reached:
+            total = piece if total is None else total + piece
+        found.append(total)
+    return found
+
+
 def inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
     """Inner product of two gradients, over the parameters that both reach.
 

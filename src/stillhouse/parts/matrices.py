@@ -1,4 +1,4 @@
-"""Whitening, clustering and selection: closed forms on matrices of samples."""
+"""Whitening, projection, components, clustering: closed forms on matrices of samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, ModelError
 
+_EPSILON = torch.finfo(torch.float64).eps
 _CHUNK = 4096  # rows per block of a covariance or distance, to bound memory
 
 
@@ -96,6 +97,188 @@ class ZCA:
                 f"{flat.shape[1]} (shape {tuple(samples.shape)})"
             )
         return flat
+
+
+@dataclass(frozen=True)
+class Nullspace:
+    """The space that a linear layer does not see, given by an orthonormal basis of what it sees.
+
+    Attributes:
+        basis: (d, r) float64, orthonormal columns that span the rows of the layer; r may be 0.
+    """
+
+    basis: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Dimensions that are removed, r."""
+        return self.basis.shape[1]
+
+    def apply(self, samples: Tensor) -> Tensor:
+        """Samples (..., d) without their part in the layer's row space; in their own dtype.
+
+        Raises:
+            ModelError: samples of another width.
+        """
+        if samples.shape[-1] != len(self.basis):
+            raise ModelError(
+                f"the layer reads {len(self.basis)} numbers per sample, these have "
+                f"{samples.shape[-1]} (shape {tuple(samples.shape)})"
+            )
+        basis = self.basis.to(samples)
+        return samples - (samples @ basis) @ basis.T
+
+    def projector(self) -> Tensor:
+        """(d, d) float64, the matrix of `apply`."""
+        eye = torch.eye(len(self.basis), dtype=self.basis.dtype, device=self.basis.device)
+        return eye - self.basis @ self.basis.T
+
+
+def nullspace(weight: Tensor, *, centred: bool = True) -> Nullspace:
+    """The null space of a linear layer, as a softmax or as plain outputs see it.
+
+    Args:
+        weight: (K, d), the layer's rows.
+        centred: subtract the mean row first: a softmax depends on differences of rows alone,
+            so the rank is at most K - 1. Without it all rows count, and it is at most K.
+
+    Raises:
+        ModelError: not a matrix, or values that are not finite.
+    """
+    if weight.ndim != 2 or not torch.isfinite(weight).all():
+        raise ModelError(
+            f"a null space is taken of a finite matrix (K, d), not of shape {tuple(weight.shape)}"
+        )
+    rows = weight.detach().double()
+    if centred:
+        rows = rows - rows.mean(0)
+    _, values, right = torch.linalg.svd(rows, full_matrices=False)
+    # Measured against the rows as they came: centring equal rows leaves rounding, no direction.
+    scale = torch.linalg.matrix_norm(weight.detach().double(), 2)
+    kept = values > scale * max(rows.shape) * torch.finfo(weight.dtype).eps
+    return Nullspace(right[kept].T.contiguous())
+
+
+@dataclass(frozen=True)
+class ClassPCA:
+    """Principal components of each class on its own, float64.
+
+    Attributes:
+        mean: (C, d); 0 for a class without samples.
+        directions: (C, d, S), orthonormal columns by falling variance, the entry of largest
+            size positive; columns beyond `used` are 0.
+        values: (C, S) their variances (covariance divided by n); 0 beyond `used`.
+        used: (C,) int64, directions that carry variance, at most min(S, n_c - 1).
+        count: (C,) int64, samples n_c of each class.
+        total: (C,) variance of the class over all d dimensions.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    values: Tensor
+    used: Tensor
+    count: Tensor
+    total: Tensor
+
+
+def class_pca(samples: Tensor, groups: Tensor, classes: int, directions: int) -> ClassPCA:
+    """The leading principal components of each class, computed in float64.
+
+    Where a class has fewer samples than dimensions, its samples are decomposed and no d x d
+    matrix is made.
+
+    Args:
+        samples: (N, d).
+        groups: (N,) int64, the class of each sample, in [0, classes).
+        classes: C.
+        directions: S, components wanted per class.
+
+    Raises:
+        DataError: shapes that do not belong together, a class out of range, values that are
+            not finite.
+    """
+    _check_groups(samples, groups, classes)
+    width, device = samples.shape[1], samples.device
+    mean = torch.zeros(classes, width, dtype=torch.float64, device=device)
+    found = torch.zeros(classes, width, directions, dtype=torch.float64, device=device)
+    values = torch.zeros(classes, directions, dtype=torch.float64, device=device)
+    total = torch.zeros(classes, dtype=torch.float64, device=device)
+    used = torch.zeros(classes, dtype=torch.int64, device=device)
+    count = torch.bincount(groups, minlength=classes)
+    for c in range(classes):
+        own = (groups == c).nonzero().squeeze(1)
+        if len(own) == 0:
+            continue
+        mean[c], variances, vectors = _components(samples, own)
+        total[c] = variances.sum()
+        # Rounding of the samples, and of the decomposition, leaves variances of this size.
+        larger = max(len(own), width)
+        rounding = max((larger * torch.finfo(samples.dtype).eps) ** 2, larger * _EPSILON)
+        least = variances[0] * rounding
+        most = min(directions, len(own) - 1, int((variances > least).sum()))
+        used[c] = most
+        values[c, :most] = variances[:most]
+        found[c, :, :most] = signed(vectors[:, :most])
+    return ClassPCA(mean, found, values, used, count, total)
+
+
+def _check_groups(samples: Tensor, groups: Tensor, classes: int) -> None:
+    if samples.ndim != 2 or groups.shape != samples.shape[:1]:
+        raise DataError(
+            f"samples (N, d) with one class each are needed, not {tuple(samples.shape)} and "
+            f"{tuple(groups.shape)}"
+        )
+    least, largest = (int(groups.min()), int(groups.max())) if len(groups) else (0, 0)
+    if least < 0 or largest >= classes:
+        raise DataError(
+            f"the classes of the samples lie in {least}..{largest}; there are {classes}, "
+            "numbered from 0"
+        )
+    if not torch.isfinite(samples).all():
+        row = int((~torch.isfinite(samples)).any(1).nonzero()[0])
+        raise DataError(f"sample {row} holds values that are not finite")
+
+
+def _components(samples: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (d,), variances by falling size, and their directions as columns."""
+    mean = torch.zeros(samples.shape[1], dtype=torch.float64, device=samples.device)
+    for block in torch.split(own, _CHUNK):
+        mean += samples.index_select(0, block).double().sum(0)
+    mean /= len(own)
+    if len(own) <= samples.shape[1]:
+        centred = samples.index_select(0, own).double() - mean
+        _, sizes, right = torch.linalg.svd(centred, full_matrices=False)
+        return mean, sizes.square() / len(own), right.T
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=samples.device)
+    for block in torch.split(own, _CHUNK):
+        centred = samples.index_select(0, block).double() - mean
+        scatter.addmm_(centred.T, centred)
+    variances, vectors = torch.linalg.eigh(scatter / len(own))
+    return mean, variances.flip(0).clamp_min(0.0), vectors.flip(1)
+
+
+def signed(vectors: Tensor) -> Tensor:
+    """Columns (d, k) turned so that the entry of largest size in each is positive."""
+    if vectors.shape[1] == 0:
+        return vectors
+    largest = vectors.abs().argmax(0, keepdim=True)
+    turned: Tensor = vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
+    return turned
+
+
+def random_rotation(size: int, *, generator: Generator) -> Tensor:
+    """A random orthonormal matrix (size, size) float64, uniform over the orthogonal group.
+
+    The QR decomposition of a Gaussian matrix, with the signs fixed so that R's diagonal is
+    positive (Mezzadri 2007).
+
+    Args:
+        size: >= 1.
+        generator: CPU generator; it moves on.
+    """
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation
 
 
 @dataclass(frozen=True)

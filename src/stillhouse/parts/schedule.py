@@ -56,8 +56,85 @@ def switch_off(epoch: int, value: float = 1.0) -> Schedule:
     return lambda clock: value if clock.epoch < epoch else 0.0
 
 
+def window(start: int, end: int, until: int) -> Schedule:
+    """A whole number that grows from `start` at step 0 to `end` at step `until`, and stays.
+
+    `min(start + int((end - start) * step / until), end)`: the upper bound of the epochs that
+    difficulty-aligned trajectory matching begins at (DATM, released code).
+
+    Args:
+        start: at step 0.
+        end: from step `until` on.
+        until: > 0.
+    """
+    return lambda clock: min(start + int((end - start) * clock.step / until), end)
+
+
 def warmed_up(schedule: Schedule, steps: int) -> Schedule:
     """A schedule that rises linearly from 0 over its first `steps` steps."""
     if steps <= 0:
         return schedule
     return lambda clock: schedule(clock) * min(1.0, (clock.step + 1) / steps)
+
+
+def _warm_steps(warm: float, clock: Clock) -> float:
+    """Steps of a warm-up that is given as steps (1 and more) or as a share of the stage."""
+    return warm if warm >= 1 else warm * clock.total
+
+
+def warmup_linear(warm: float = 0.1) -> Schedule:
+    """From 0 straight up to 1, then straight down to 0 after the last step.
+
+    The step number 0 has rate 0, and the end of the warm-up need not be a whole step, as in
+    the scheduler of transformers that erjui/DHO, train_others.py, uses.
+
+    Args:
+        warm: steps of the warm-up (1 and more), or their share of the stage (below 1).
+    """
+
+    def value(clock: Clock) -> float:
+        rise = _warm_steps(warm, clock)
+        if clock.step < rise:
+            return clock.step / rise
+        return max(0.0, (clock.total - clock.step) / max(1.0, clock.total - rise))
+
+    return value
+
+
+def warmup_cosine(warm: float = 0.1, start: float = 0.01) -> Schedule:
+    """From `start` straight up to 1, then half a cosine over the steps that remain.
+
+    Args:
+        warm: see `warmup_linear`.
+        start: factor of the first step.
+    """
+
+    def value(clock: Clock) -> float:
+        rise = _warm_steps(warm, clock)
+        if clock.step < rise:
+            return start + (1.0 - start) * clock.step / rise
+        done = (clock.step - rise) / max(1.0, clock.total - rise)
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return value
+
+
+def chained_warmup_cosine(warm: float = 0.1, start: float = 0.01) -> Schedule:
+    """The rise and the cosine of `warmup_cosine` at the same time, multiplied.
+
+    As released in erjui/DHO, train_imgnet_semi.py: both act from step 0 and the cosine's period
+    is what remains after the warm-up, so the peak stays below 1 and the rate rises again in the
+    last steps, as many as the warm-up has.
+
+    Args:
+        warm: see `warmup_linear`.
+        start: factor of the first step.
+    """
+
+    def value(clock: Clock) -> float:
+        rise = _warm_steps(warm, clock)
+        up = start + (1.0 - start) * min(1.0, clock.step / rise) if rise > 0 else 1.0
+        period = max(1.0, clock.total - rise)
+        return up * 0.5 * (1.0 + math.cos(math.pi * clock.step / period))
+
+    return value

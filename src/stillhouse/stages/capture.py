@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stillhouse.batch import Batch, Source, read_rows
+from stillhouse.batch import Batch, Joined, Source, read_rows, together
 from stillhouse.clock import Views
 from stillhouse.engine.job import Job
 from stillhouse.engine.records import Field
@@ -29,16 +29,38 @@ from stillhouse.teachers.live import ACCESS
 from stillhouse.teachers.stored import Stored, augments
 
 
-def captured(job: Job, teacher: Teacher, spec: Any, split: str = "train") -> Captured:
+def captured(
+    job: Job, teacher: Teacher, spec: Any, split: str | Sequence[str] = "train"
+) -> Captured:
     """A teacher whose answers are kept on disk before the training that wants them.
 
     Args:
         job: of the run.
         teacher: asked once per record.
         spec: the recipe's `teacher.store`: path, form, k, temperature, dtype, draws, batch.
-        split: whose samples are asked about.
+        split: whose samples are asked about; several are kept in one store.
     """
     return Captured(job, teacher, spec, split)
+
+
+def refuse_other_data(job: Job, spec: Any, split: str = "train") -> None:
+    """Refuse the folder of a store of other data before a teacher is trained to fill it.
+
+    Args:
+        job: of the run.
+        spec: the recipe's `teacher.store`.
+        split: whose samples would be asked about.
+
+    Raises:
+        TeacherError: the folder holds a store of other data.
+        CheckpointError: it holds a damaged one.
+    """
+    if spec.path is None:
+        return
+    path = Path(spec.path).expanduser()
+    if (path / "header.json").exists():
+        wanted = job.splits[split].fingerprint
+        Store.open(path).check(data=wanted, edition=job.splits.edition)
 
 
 class Captured:
@@ -48,15 +70,18 @@ class Captured:
         job: of the run; the capture is a stage of it.
         teacher: asked where the store has gaps.
         spec: see `captured`.
-        split: whose samples are asked about.
+        split: whose samples are asked about, beside those of the streams that are wanted.
 
     Attributes:
         provides: what the teacher provides, without access to the module.
         stored: the finished store as a teacher; None before `bind`.
     """
 
-    def __init__(self, job: Job, teacher: Teacher, spec: Any, split: str = "train") -> None:
-        self.job, self.teacher, self.spec, self.split = job, teacher, spec, split
+    def __init__(
+        self, job: Job, teacher: Teacher, spec: Any, split: str | Sequence[str] = "train"
+    ) -> None:
+        self.job, self.teacher, self.spec = job, teacher, spec
+        self.splits = (split,) if isinstance(split, str) else tuple(split)
         self.provides = frozenset(teacher.provides) - ACCESS
         self.stored: Stored | None = None
         self.name = str(getattr(teacher, "name", type(teacher).__name__))
@@ -83,18 +108,21 @@ class Captured:
                     f"the method needs '{want.field}' of the teacher itself, which a store cannot "
                     "give: leave out teacher.store"
                 )
-        source = self.job.splits[self.split]
+        self.splits = tuple(dict.fromkeys([*self.splits, *splits_of(wants)]))
+        source = together(self.job.splits, self.splits)
         if not self.spec.draws and augments(source):
             raise TeacherError(
                 f"the split '{self.split}' of '{self.job.splits.edition}' is augmented anew in "
                 "every epoch, which no store can hold: read a finite number of augmentations "
                 "(teacher: {store: {draws: 4}}), or switch them off in data.options"
             )
-        self.teacher.bind(wants, task)
+        # Each sample is asked about once, in whatever stream it will be read.
+        plain = list(dict.fromkeys(want.within for want in wants))
+        self.teacher.bind(plain, task)
         mover = getattr(self.teacher, "to", None)
         if mover is not None:
             mover(self.job.device)
-        asked = [w for w in wants if w.field not in ACCESS]
+        asked = [w for w in plain if w.field not in ACCESS]
         self._binds += 1
         store = self._store(source, asked)
         try:
@@ -108,6 +136,11 @@ class Captured:
         self.stored.bind(wants, task)
 
     # -- the store ---------------------------------------------------------------------------
+
+    @property
+    def split(self) -> str:
+        """The splits that are kept, for messages and the store's header."""
+        return "+".join(self.splits)
 
     def _store(self, source: Source, wants: Sequence[Want]) -> Store:
         fields = self._fields(source, wants)
@@ -253,9 +286,31 @@ class Captured:
         """
         raise TeacherError("a stored teacher is no module: leave out teacher.store")
 
+    def head_layer(self) -> nn.Linear:
+        """The last linear layer of the teacher whose answers these are.
+
+        Raises:
+            TeacherError: that teacher is no module.
+        """
+        find = getattr(self.teacher, "head_layer", None)
+        if find is None:
+            raise TeacherError(f"the teacher {self.name} is no module with a last linear layer")
+        layer: nn.Linear = find()
+        return layer
+
     def to(self, device: torch.device | str) -> Captured:
         """Nothing is to be moved: the teacher is done when training begins."""
         return self
+
+
+def splits_of(wants: Sequence[Want]) -> list[str]:
+    """The splits that streams are read from: a stream bears its split's name, or "labelled".
+
+    Returns:
+        Without repetition; "train" for the stream "labelled".
+    """
+    named = [want.stream for want in wants if want.stream]
+    return list(dict.fromkeys("train" if name == "labelled" else name for name in named))
 
 
 def ids_of(source: Source) -> Tensor:
@@ -267,6 +322,8 @@ def ids_of(source: Source) -> Tensor:
     ids = getattr(source, "ids", None)
     if isinstance(ids, Tensor) and len(ids) == len(source):
         return ids.long()
+    if isinstance(source, Joined):
+        return torch.cat([ids_of(part) for part in source.sources])
     rows, inner = getattr(source, "rows", None), getattr(source, "source", None)
     if isinstance(rows, Tensor) and inner is not None and len(rows) == len(source):
         return ids_of(inner)[rows]
@@ -280,4 +337,4 @@ def _hash(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-__all__ = ["Captured", "captured", "ids_of"]
+__all__ = ["Captured", "captured", "ids_of", "refuse_other_data", "splits_of"]

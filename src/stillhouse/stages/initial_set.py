@@ -70,6 +70,11 @@ class RealImages:
             whole = torch.split(torch.arange(len(source)), _BLOCK)
             self._held = torch.cat([self._read(b) for b in whole]).to(self.device)
 
+    @property
+    def held(self) -> Tensor | None:
+        """All images (N, C, H, W) in network-input space, row by row; None when too large."""
+        return self._held
+
     def take(self, rows: Tensor) -> Tensor:
         """The images at positions `rows`, (n, C, H, W) on the device."""
         if self._held is not None:

@@ -363,7 +363,10 @@ def read_prompts(inputs: Sequence[Path]) -> tuple[list[str], list[Any]]:
     for file in files:
         if file.suffix == ".txt":
             names.append(str(file))
-            prompts.append(file.read_text(encoding="utf-8"))
+            try:
+                prompts.append(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file} is no text in UTF-8: {error}") from error
         elif file.suffix == ".jsonl":
             with file.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
-from stillhouse.errors import DataError, MissingExtra, ModelError
+from stillhouse.errors import DataError, MissingExtra, ModelError, RecipeError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.calibration import Calibration
 from stillhouse.metrics.classification import Accuracy, Confusion
+from stillhouse.metrics.unseen import Unseen
 from stillhouse.net import Net, Output
 from stillhouse.task import Metric, Task
 
@@ -36,7 +37,10 @@ class Classification(Task):
         """Names of the classes, in the order of the logits."""
         found = self.about.get("classes")
         if not found:
-            raise DataError(f"the data '{self.splits.edition}' does not say its classes")
+            raise DataError(
+                f"the data '{self.splits.edition}' has no classes: classification needs a label "
+                "for each row, a whole number from 0 upwards (a view 'target' of shape (N,))"
+            )
         return [str(c) for c in found]
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
@@ -50,16 +54,20 @@ class Classification(Task):
         return {"task": F.cross_entropy(wide(out["logits"]), batch["target"])}
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Accuracy, the confusion matrix' macro F1, calibration."""
-        classes = self.classes
-        return {
+        """Accuracy, the confusion matrix' macro F1, calibration; what students never saw."""
+        classes, unseen = self.classes, self.about.get("unseen")
+        found: dict[str, Metric] = {
             "accuracy": Accuracy((1, 5) if len(classes) > 10 else (1,)),
             "confusion": Confusion(len(classes), classes),
             "calibration": Calibration(),
         }
+        if unseen:
+            found["unseen"] = Unseen(unseen)
+        return found
 
     def check(self, student: Net | None, teacher: Net | None) -> None:
-        """Refuse models whose number of outputs is not the number of classes."""
+        """Refuse data without classes, and models whose number of outputs is another."""
+        assert self.classes
         for role, net in (("student", student), ("teacher", teacher)):
             if net is not None:
                 self._check_net(role, net, self._sample(net.view))
@@ -104,6 +112,7 @@ class Classification(Task):
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         training = net.training
         net.eval()
+        view, ids = self._with_last_id(view)
         try:
             with torch.no_grad():
                 out = net(view.to(device) if isinstance(view, Tensor) else view)
@@ -111,7 +120,7 @@ class Classification(Task):
             shape = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
             raise ModelError(
                 f"the {role} {type(net.module).__name__} cannot read the data "
-                f"'{self.splits.edition}' with views of shape {shape}: {error}"
+                f"'{self.splits.edition}' with views of shape {shape}{ids}: {error}"
             ) from error
         finally:
             net.train(training)
@@ -127,6 +136,15 @@ class Classification(Task):
                 f"'{self.splits.edition}' {len(self.classes)} classes; give it a head of "
                 f"{len(self.classes)} in the same order of classes"
             )
+
+    def _with_last_id(self, view: Any) -> tuple[Any, str]:
+        """Rows of tokens with the last id of the data's vocabulary among them."""
+        size = self.about.get("vocabulary")
+        if size is None or not isinstance(view, Tensor) or view.is_floating_point():
+            return view, ""
+        view, last = view.clone(), int(size) - 1
+        view.view(-1)[-1] = last
+        return view, f" and token ids up to {last}"
 
     def predictor(self, net: Net) -> Predictor:
         """Class names with probabilities."""
@@ -155,10 +173,13 @@ class Classifier(Predictor):
                 PIL images; or strings for a model of texts.
             options: `top` and `batch`.
 
+        Raises:
+            RecipeError: an option that is no count.
+
         Returns:
             Per input {"class", "probability", "top": [[class, probability], ...]}.
         """
-        top, size = int(options.get("top", 1)), int(options.get("batch", 64))
+        top, size = _count(options, "top", 1), _count(options, "batch", 64)
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         answers: list[dict[str, Any]] = []
         for start in range(0, len(inputs), size):
@@ -225,6 +246,13 @@ class Classifier(Predictor):
         return {"inputs": len(rows), "output": str(output) if output else None, "rows": rows}
 
 
+def _count(options: Mapping[str, Any], name: str, default: int) -> int:
+    value = options.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"the option '{name}' is a whole number of at least 1, found {value!r}")
+    return value
+
+
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -241,7 +269,11 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     if path.suffix.lower() == ".npy":
         import numpy as np
 
-        return [(str(path), np.load(path, allow_pickle=False))]
+        try:
+            return [(str(path), np.load(path, allow_pickle=False))]
+        except (OSError, ValueError, EOFError) as error:
+            # For whatever it does not know numpy says that pickles may be allowed; they may not.
+            raise DataError(f"{path} cannot be read as a .npy array of numbers") from error
     if path.suffix.lower() == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

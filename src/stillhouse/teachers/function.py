@@ -14,7 +14,7 @@ from torch import Tensor
 from stillhouse.batch import Batch
 from stillhouse.errors import TeacherError, nearest
 from stillhouse.models.loading import imported
-from stillhouse.teacher import Frozen, Knowledge, TopK, Value, Want
+from stillhouse.teacher import Frozen, Knowledge, TopK, Value, Want, answered
 from stillhouse.teachers.live import ACCESS
 
 _KINDS = {"logits": "logits", "embedding": "vector"}
@@ -69,19 +69,22 @@ class Callable:
                     f"the method needs '{want.field}' of the teacher, which the function "
                     f"{self.name} cannot give: give the teacher as a model"
                 )
-            if self.fields is not None and want.key not in self.fields and not want.optional:
+            key = want.within.key
+            if self.fields is not None and key not in self.fields and not want.optional:
                 raise TeacherError(
-                    f"the function {self.name} does not give '{want.key}'"
-                    f"{nearest(want.key, self.fields)}"
+                    f"the function {self.name} does not give '{key}'{nearest(key, self.fields)}"
                 )
         self._wants = tuple(wants)
 
     def knowledge(self, batch: Batch) -> Knowledge:
-        """What the function answers, without gradient.
+        """What the function answers, without gradient; it is called for each stream apart.
 
         Raises:
             TeacherError: no mapping of tensors, another number of rows, a want not answered.
         """
+        return answered(self._wants or (), batch, self._answer)
+
+    def _answer(self, batch: Batch, wants: Sequence[Want]) -> Knowledge:
         with torch.no_grad():
             answer = self.function(batch)
         if not isinstance(answer, Mapping):
@@ -93,7 +96,7 @@ class Callable:
         if self._wants is None:
             return Knowledge(values)
         kept: dict[str, Value] = {}
-        for want in self._wants:
+        for want in wants:
             if want.key in values:
                 kept[want.key] = values[want.key]
             elif not want.optional:

@@ -17,9 +17,9 @@ FEATURES = Want("tap:head:input")
 
 
 class Headed(Live):
-    """Logits from stored inputs of the head; everything else from the module itself.
+    """Logits and inputs of the head from a store; everything else from the module itself.
 
-    Whoever wants only logits of the stored samples is answered without running the body of
+    Whoever wants nothing else of the stored samples is answered without running the body of
     the network, which is nearly all of it.
 
     Args:
@@ -33,19 +33,26 @@ class Headed(Live):
         self._spares = False
 
     def bind(self, wants: Sequence[Want], task: Any) -> None:
-        """As a live teacher; the store serves when nothing but logits is wanted."""
+        """As a live teacher; the store serves when nothing but the head's ends is wanted."""
         super().bind(wants, task)
-        self._spares = tuple(wants) == (Want("logits"),)
+        self._spares = bool(wants) and {want.within for want in wants} <= {Want("logits"), FEATURES}
         if self._spares:
-            self.stored.bind((FEATURES,), task)
+            views = dict.fromkeys(want.view for want in wants)
+            self.stored.bind([FEATURES._replace(view=view) for view in views], task)
 
     def knowledge(self, batch: Batch) -> Knowledge:
         """What was asked for in `bind`."""
         if not self._spares:
             return super().knowledge(batch)
         kept = self.stored.knowledge(batch)
+        streams = list(dict.fromkeys(want.stream for want in self._wants))
+        if streams == [""]:
+            return self._headed(kept)
+        return Knowledge.of_streams({name: self._headed(kept.stream(name)) for name in streams})
+
+    def _headed(self, kept: Knowledge) -> Knowledge:
         head = self.net.head_layer()
-        features = kept.tensor(FEATURES.key)
+        features = kept.tensor(FEATURES.key).to(head.weight.dtype)
         with torch.no_grad():
-            logits = head(features.to(head.weight.dtype))
-        return Knowledge({"logits": logits}, kept.valid)
+            logits = head(features)
+        return Knowledge({"logits": logits, FEATURES.key: features}, kept.valid)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillhouse.batch import Batch
 from stillhouse.errors import ModelError, TeacherError, nearest
 from stillhouse.net import Net, Output
-from stillhouse.teacher import Frozen, Knowledge, Value, Want
+from stillhouse.teacher import Frozen, Knowledge, Value, Want, answered
 
 # Wants that are not a field of the answer, but access to the module itself.
 ACCESS = frozenset({"fresh", "input_grad", "weights"})
@@ -57,6 +57,7 @@ class Live:
         self.settings = dict(settings or {})
         self._guest = Frozen(net)
         self._wants: tuple[Want, ...] = ()
+        self._by_view: dict[str, list[tuple[str, Want]]] = {}
         self._hashed: tuple[Any, str] = ((), "")
 
     # -- identity ----------------------------------------------------------------------------
@@ -101,6 +102,7 @@ class Live:
             if want.field.startswith(TAP):
                 self._tap(want)
         self._wants = tuple(w for w in wants if w.field not in ACCESS)
+        self._by_view = _by_view(self._wants)
         has_data = task is not None and len(getattr(task, "splits", ())) > 0
         if has_data and any(w.field == "logits" for w in wants):
             task.check(None, self.net)
@@ -146,17 +148,21 @@ class Live:
         Raises:
             TeacherError: a wanted field is not given.
         """
+        return answered(self._wants, batch, self._answer)
+
+    def _answer(self, batch: Batch, wants: Sequence[Want]) -> Knowledge:
         values: dict[str, Value] = {}
-        if not self._wants:
+        if not wants:
             return Knowledge(_fields(self._ask(batch.view(self.net.view))))
-        for view in dict.fromkeys(w.view for w in self._wants):
-            fields = _fields(self._ask(batch.view(self.net.view if view == "x" else view)))
-            for want in self._wants:
-                if want.view != view:
-                    continue
-                if want.field in fields:
-                    values[want.key] = fields[want.field]
+        views = self._by_view if wants is self._wants else _by_view(wants)
+        for view, asked in views.items():
+            out = self._ask(batch.view(self.net.view if view == "x" else view))
+            for key, want in asked:
+                value = _field(out, want.field)
+                if value is not None:
+                    values[key] = value
                 elif not want.optional:
+                    fields = _fields(out)
                     raise TeacherError(
                         f"the teacher {self.name} does not give '{want.field}' on the view "
                         f"'{view}'{nearest(want.field, fields)}"
@@ -167,17 +173,33 @@ class Live:
         if self.net.training:
             self.net.eval()
         if self.rows is None or not isinstance(view, Tensor) or len(view) <= self.rows:
-            return dict(self._guest.quiet(view))
+            out: Output = self._guest.quiet(view)
+            return out
         return _joined([self._guest.quiet(piece) for piece in torch.split(view, self.rows)])
 
     def guest(self) -> Frozen:
         """The net itself, for answers to fresh input, gradients in its input, its weights."""
         return self._guest
 
+    def head_layer(self) -> nn.Linear:
+        """The last linear layer, for methods that read its weights.
+
+        Raises:
+            ModelError: the net has none.
+        """
+        return self.net.head_layer()
+
     def to(self, device: torch.device | str) -> Live:
         """Move the module."""
         self._guest.to(device)
         return self
+
+
+def _by_view(wants: Sequence[Want]) -> dict[str, list[tuple[str, Want]]]:
+    found: dict[str, list[tuple[str, Want]]] = {}
+    for want in wants:
+        found.setdefault(want.view, []).append((want.key, want))
+    return found
 
 
 def weights_hash(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
@@ -193,6 +215,15 @@ def weights_hash(module: nn.Module, state: Mapping[str, Tensor] | None = None) -
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _field(out: Output, name: str) -> Tensor | None:
+    """One field of an answer, by the names that `_fields` gives."""
+    if name.startswith(TAP):
+        found = out.get("taps", {}).get(name.removeprefix(TAP))
+    else:
+        found = out.get(name)
+    return found if isinstance(found, Tensor) else None
 
 
 def _fields(out: Output) -> dict[str, Value]:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.batch import Batch, read_rows
+from stillhouse.batch import Batch, read_rows, together
 from stillhouse.clock import Views
 from stillhouse.engine.store import Store
 from stillhouse.errors import TeacherError, nearest
-from stillhouse.teacher import Frozen, Knowledge, Want
+from stillhouse.teacher import Frozen, Knowledge, Want, answered
 from stillhouse.teachers.live import ACCESS, TAP
 
 _WHY = {
@@ -52,6 +52,7 @@ class Stored:
         self.provides = frozenset(kinds)
         self.name = f"store {self.store.path.name}"
         self._names: list[tuple[str, str]] | None = None
+        self._wants: tuple[Want, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -69,14 +70,15 @@ class Stored:
         for want in wants:
             if want.field in ACCESS:
                 self._refuse_access(want.field)
-            elif want.key in self.store.fields:
-                names.append((want.key, want.key))
+            elif want.within.key in self.store.fields:
+                names.append((want.within.key, want.within.key))
             elif not want.optional:
                 raise TeacherError(
                     f"the store {self.store.path} keeps no '{want.key}'"
                     f"{nearest(want.key, self.store.fields)}; capture it with this method's recipe"
                 )
-        self._names = names
+        self._names = list(dict.fromkeys(names))
+        self._wants = tuple(want for want in wants if want.field not in ACCESS)
         if self.missing == "error" and not self.store.complete:
             raise TeacherError(
                 f"the capture of the store {self.store.path} is not finished: "
@@ -110,7 +112,10 @@ class Stored:
         open_roles = [role for role in splits if role != "test"]
         if not open_roles:
             return
-        found = {splits[role].fingerprint: splits[role] for role in open_roles}
+        found = {splits[role].fingerprint for role in open_roles}
+        if "train" in open_roles:
+            pairs = [("train", role) for role in open_roles if role != "train"]
+            found |= {together(splits, pair).fingerprint for pair in pairs}
         if head.data not in found:
             role = "train" if "train" in open_roles else open_roles[0]
             self.store.check(data=splits[role].fingerprint, edition=splits.edition)
@@ -147,6 +152,9 @@ class Stored:
             TeacherError: a record is not there.
             CheckpointError: it is damaged.
         """
+        return answered(self._wants, batch, self._answer)
+
+    def _answer(self, batch: Batch, wants: Sequence[Want]) -> Knowledge:
         names = None if self._names is None else [stored for _, stored in self._names]
         values, valid = self.store.read(
             batch["id"],

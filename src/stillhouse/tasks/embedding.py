@@ -1,0 +1,156 @@
+"""Embedding: one vector per text (or image, or series), judged by what is similar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillhouse.artifact import Predictor
+from stillhouse.batch import read_rows
+from stillhouse.errors import DataError, ModelError
+from stillhouse.losses.chunked import wide
+from stillhouse.metrics.similarity import PairSimilarity
+from stillhouse.net import Net, Output
+from stillhouse.task import Metric, Task
+
+
+class Embedding(Task):
+    """One vector per row, "embedding" (B, D).
+
+    Rows to learn from need no label. Rows to judge on are the sides of scored pairs: `pair`
+    (B, 3) int64 (number of the pair, side, number of pairs) and `target` (B,), the score.
+    """
+
+    name: ClassVar[str] = "embedding"
+    main_metric: ClassVar[str] = "spearman"
+
+    def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
+        """Wrap an encoder."""
+        return Net(module, answer="embedding", taps=taps)
+
+    def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Cosine against scores in [0, 1] where both sides of a pair are in the batch.
+
+        Raises:
+            DataError: the rows have no scores.
+        """
+        if "pair" not in batch:
+            raise DataError(
+                f"the rows of '{self.splits.edition}' have no scores to learn from; an embedding "
+                "is learned from a teacher here"
+            )
+        vectors = F.normalize(wide(out["embedding"]), dim=-1)
+        same = batch["pair"][:, None, 0] == batch["pair"][None, :, 0]
+        first, second = torch.triu(same, diagonal=1).nonzero(as_tuple=True)
+        cosine = (vectors[first] * vectors[second]).sum(-1)
+        wanted = batch["target"][first].to(cosine.dtype)
+        return {"task": F.mse_loss(cosine, wanted) if len(first) else vectors.sum() * 0.0}
+
+    def metrics(self) -> Mapping[str, Metric]:
+        """Spearman's and Pearson's correlation of cosines with the scores of pairs."""
+        return {"similarity": PairSimilarity()}
+
+    def check(self, student: Net | None, teacher: Net | None) -> None:
+        """Refuse models that give no vector per row."""
+        for role, net in (("student", student), ("teacher", teacher)):
+            if net is not None:
+                self._check_net(role, net, self.example_view(net.view))
+
+    def _check_net(self, role: str, net: Net, view: Any) -> None:
+        name, training = type(net.module).__name__, net.training
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        net.eval()
+        try:
+            with torch.no_grad():
+                found = net(view.to(device) if isinstance(view, Tensor) else view).get("embedding")
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ModelError(
+                f"the {role} {name} cannot read the data '{self.splits.edition}': {error}"
+            ) from error
+        finally:
+            net.train(training)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(view):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else "no tensor 'embedding'"
+            raise ModelError(
+                f"the {role} {name} gives {shape} for {len(view)} rows; one vector per row is "
+                "needed, (rows, width)"
+            )
+
+    def example_view(self, view: str = "x") -> Any:
+        """Two rows of the training data."""
+        split = "train" if "train" in self.splits else next(iter(self.splits))
+        source = self.splits[split]
+        rows = torch.arange(min(2, len(source)))
+        return read_rows(source, rows, None, self.collate).view(view)
+
+    def predictor(self, net: Net) -> Predictor:
+        """Vectors of texts or arrays."""
+        return Embedder(net, {"reads": net.view})
+
+
+class Embedder(Predictor):
+    """Gives the vectors of texts or arrays."""
+
+    reads: ClassVar[str] = "text lines, or .npy arrays of rows"
+    writes: ClassVar[str] = ".npy (rows, width), or jsonl"
+    options: ClassVar[Mapping[str, str]] = {"batch": "inputs at a time (default 64)"}
+
+    def predict(self, inputs: Sequence[Any], **options: Any) -> list[Tensor]:
+        """One vector (width,) per input.
+
+        Args:
+            inputs: strings for a model of texts, else arrays or tensors as in training.
+            options: `batch`.
+        """
+        size = int(options.get("batch", 64))
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        found: list[Tensor] = []
+        for start in range(0, len(inputs), size):
+            part = list(inputs[start : start + size])
+            view: Any = part
+            if self.settings.get("reads", "x") != "text":
+                view = torch.stack([torch.as_tensor(x, dtype=torch.float32) for x in part])
+                view = view.to(device, non_blocking=True)
+            with torch.inference_mode():
+                found += self.module(view)["embedding"].float().cpu().unbind(0)
+        return found
+
+    def infer(
+        self, inputs: Sequence[Path], output: Path | None, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Vectors of the lines of text files, or of the rows of .npy arrays."""
+        names: list[str] = []
+        values: list[Any] = []
+        for path in map(Path, inputs):
+            if not path.exists():
+                raise DataError(f"{path} does not exist")
+            if path.suffix.lower() == ".npy":
+                rows: list[Any] = list(np.load(path, allow_pickle=False))
+            else:
+                rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+            names += [f"{path}:{number}" for number in range(1, len(rows) + 1)]
+            values += rows
+        if not values:
+            raise DataError("nothing to read: no line of text and no row of an array was found")
+        vectors = torch.stack(self.predict(values, **dict(options)))
+        if output is not None:
+            _write(names, vectors, Path(output))
+        shape = list(vectors.shape)
+        return {"inputs": len(names), "shape": shape, "output": str(output) if output else None}
+
+
+def _write(names: Sequence[str], vectors: Tensor, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix.lower() == ".npy":
+        np.save(output, vectors.numpy(), allow_pickle=False)
+        return
+    with output.open("w", encoding="utf-8") as file:
+        for name, vector in zip(names, vectors.tolist(), strict=True):
+            file.write(json.dumps({"input": name, "vector": vector}) + "\n")

@@ -1,0 +1,68 @@
+"""Files that are whole or absent, and what is said when the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from stillhouse.errors import CheckpointError
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or absent, and survives a power cut.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written; the old one, if any,
+            is untouched.
+    """
+    aside = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if error.errno in FULL:
+            raise CheckpointError(disk_full(path, len(data))) from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def disk_full(path: Path, needed: int | None = None) -> str:
+    """What is said of a full disk.
+
+    Args:
+        path: what could not be written.
+        needed: its bytes, where they are known.
+    """
+    folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    needs = f" needs {needed:,} bytes and" if needed is not None else " cannot be written;"
+    return (
+        f"the disk is full: {path}{needs} {free:,} are free. "
+        "What was saved before is untouched; make room and run the same command again"
+    )
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Tell a disk that runs full inside the block, whatever was being written below `folder`.
+
+    Raises:
+        CheckpointError: it ran full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise CheckpointError(disk_full(Path(error.filename or folder))) from error

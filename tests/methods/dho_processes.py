@@ -1,0 +1,41 @@
+"""A small run, mix and judge included, for a test that compares one process with two."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from stillhouse import catalogue
+from stillhouse.artifact import plain_state
+from stillhouse.launch import run
+from stillhouse.recipe import load_recipe
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    example = catalogue.load("dho").example(0)
+    recipe = load_recipe(
+        {
+            **example,
+            # streams of unlike size, blocks of unlike size
+            "settings": {"unlabelled_batch": 13, "measure_every": 0},
+            "budget": {"steps": 20, "batch": 7, "lr": 0.01, "optimizer": "sgd", "accumulate": 2},
+            "hardware": {"accelerator": "cpu"},
+            "compare": [],
+        }
+    )
+    result = run(recipe, folder=folder / "run", progress=False)
+    if int(os.environ.get("RANK", "0")) == 0:
+        figures = result.sides["distilled"]["0"]
+        state = plain_state(result.artifact.module)
+        for name in ("accuracy", "accuracy_ce", "accuracy_kd", "alpha", "beta"):
+            state[f"figure.{name}"] = torch.tensor(figures[name])
+        save_file(state, folder / "end.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

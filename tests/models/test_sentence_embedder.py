@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stillhouse.errors import ModelError
+from stillhouse.models.loading import find_folder
+from stillhouse.models.sentence_embedder import SentenceEmbedder
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sits", "runs"]
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A tiny BERT with its tokenizer, as a hub folder."""
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path / "encoder"
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+TEXTS = ["a cat sits", "dog", "a dog runs a cat sits", "cat"]
+
+
+def test_unit_vectors_of_the_width_that_is_asked_for(encoder):
+    net = SentenceEmbedder(encoder, width=6).eval()
+    vectors = net(TEXTS)
+    assert vectors.shape == (4, 6)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(4))
+    assert SentenceEmbedder(encoder)(TEXTS).shape == (4, 16)
+    longer = SentenceEmbedder(encoder, normalise=False).eval()(TEXTS)
+    plain = SentenceEmbedder(encoder).eval()(TEXTS)
+    assert torch.allclose(torch.nn.functional.normalize(longer, dim=1), plain, atol=1e-6)
+
+
+def test_company_and_order_change_nothing(encoder):
+    net = SentenceEmbedder(encoder, width=6).eval()
+    many = TEXTS * 12  # several blocks
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()
+    alone = torch.cat([net([text]) for text in TEXTS])
+    assert torch.allclose(net([many[i] for i in order]), alone.repeat(12, 1)[order], atol=1e-5)
+
+
+def test_gradient_is_that_of_one_block(encoder, monkeypatch):
+    net = SentenceEmbedder(encoder, width=6).eval()
+    many = TEXTS * 12
+    weight = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+    (net(many) * weight).sum().backward()
+    found = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
+    monkeypatch.setattr("stillhouse.models.sentence_embedder._BLOCK", 1000)
+    (net(many) * weight).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, atol=1e-4)
+
+
+def test_words_are_cut_once(encoder, monkeypatch):
+    net = SentenceEmbedder(encoder, length=5).eval()
+    calls = []
+    tokenizer = net.tokenizer
+    net.tokenizer = lambda texts, **k: calls.append(list(texts)) or tokenizer(texts, **k)
+    first = net(["a cat", "dog", "dog"])
+    assert torch.equal(first, net(["a cat", "dog", "dog"]))
+    net(["dog", "runs"])
+    assert calls == [["a cat", "dog"], ["runs"]]
+    assert torch.equal(net(["a cat sits a dog"]), net(["a cat sits dog dog"]))  # cut to 5 pieces
+    monkeypatch.setattr("stillhouse.models.sentence_embedder._REMEMBERED", 2)
+    assert torch.equal(net(["cat", "a cat"])[1:], net(["a cat"]))
+
+
+def test_bad_settings_are_told(encoder):
+    with pytest.raises(ModelError, match="length=2"):
+        SentenceEmbedder(encoder, length=2)
+    with pytest.raises(ModelError, match=r"hidden_size.*pretrained: false"):
+        SentenceEmbedder(encoder, config={"hidden_size": 8})
+    small = SentenceEmbedder(encoder, pretrained=False, config={"num_hidden_layers": 3})
+    assert len(small.encoder.encoder.layer) == 3
+
+
+def test_the_real_encoder_gives_what_its_authors_library_gives():
+    if find_folder("sentence-transformers/all-MiniLM-L6-v2") is None:
+        pytest.skip("the real encoder is not on this machine (make models)")
+    theirs = pytest.importorskip("sentence_transformers").SentenceTransformer(
+        str(find_folder("sentence-transformers/all-MiniLM-L6-v2")), device="cpu"
+    )
+    texts = ["A plane is taking off.", "Un avion.", "x " * 90]
+    with torch.inference_mode():
+        ours = SentenceEmbedder(length=256).eval()(texts)
+    expected = theirs.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+    assert torch.allclose(ours, expected, atol=1e-5)
