@@ -4,6 +4,7 @@ Arguments: the file of images, the folder of the run, rows, the teacher's number
 """
 
 import json
+import mmap
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ file, home, rows, width = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 pixels = np.memmap(file, dtype=np.uint8, mode="r+", shape=(rows, 3, 32, 32))
+pixels._mmap.madvise(mmap.MADV_RANDOM)  # as the store does by itself beyond the memory's room
 held: list[float] = []
 
 

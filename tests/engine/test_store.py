@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from stillhouse.engine.records import Field, key_of
-from stillhouse.engine.store import Store
+from stillhouse.engine.store import Store, memory_room
 from stillhouse.errors import CheckpointError, DataError, TeacherError
 from stillhouse.losses.logits import kl, topk_kl
 from stillhouse.teacher import TopK
@@ -294,6 +295,23 @@ def test_shards_hold_what_one_file_would(tmp_path: Path):
     assert len(list((tmp_path / "many").glob("records-*.bin"))) > 2
     asked = torch.tensor([0, 199, 63, 64, 65, 120])
     assert torch.equal(Store.open(tmp_path / "many").read(asked)[0]["logits"], data[asked])
+
+
+def test_stores_larger_than_the_memory_are_not_read_ahead(tmp_path: Path, monkeypatch):
+    assert 1 << 20 < memory_room() < 1 << 62
+    data = filled(tmp_path)["logits"]
+    told = []
+
+    class Told(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            told.append(advice)
+
+    monkeypatch.setattr(mmap, "mmap", Told)
+    for room, advised in ((4000, []), (3999, [(mmap.MADV_RANDOM,)])):
+        monkeypatch.setattr("stillhouse.engine.store.memory_room", lambda room=room: room)
+        store = Store.open(tmp_path)
+        assert told == advised
+        assert torch.equal(store.read(torch.arange(100))[0]["logits"], data)
 
 
 def test_only_the_asked_fields_are_decoded(tmp_path: Path):

@@ -971,6 +971,9 @@ def _free(path: Path, *, held: bool) -> Iterator[bool]:
 def _map_file(path: Path, rows: int, stride: int) -> Bytes:
     with path.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), rows * stride, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM") and rows * stride > memory_room():
+        # What is read ahead would push out what is needed, 128 KiB for every record.
+        mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype=np.uint8).reshape(rows, stride)
 
 
@@ -987,6 +990,23 @@ def _distinct(numbers: Rows) -> Rows:
     return ordered[keep]
 
 
+def memory_room() -> int:
+    """Bytes of memory that pages of files may fill: what is available, within a cgroup's limit."""
+    room = [1 << 62]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        room.append(next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")) * 1024)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            home = Path("/sys/fs/cgroup") / ("memory" if controllers else "") / group.strip("/")
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            if controllers in {"", "memory"}:
+                with contextlib.suppress(OSError, ValueError):
+                    room.append(int((home / name).read_text()))
+    return min(room)
+
+
 def _runs(rows: Rows, shard_records: int) -> Iterator[tuple[int, int, int, int]]:
     """Contiguous stretches of sorted rows: (shard, first row in it, start, stop)."""
     first, last = int(rows[0]), int(rows[-1])
@@ -1001,4 +1021,4 @@ def _runs(rows: Rows, shard_records: int) -> Iterator[tuple[int, int, int, int]]
         yield shard, int(rows[start]) - shard * shard_records, start, stop
 
 
-__all__ = ["Field", "Header", "Missing", "Store", "key_of"]
+__all__ = ["Field", "Header", "Missing", "Store", "key_of", "memory_room"]
