@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STILLHOUSE := $(BIN)/stillhouse
 
-.PHONY: quickstart test test-slow models bench clean
+.PHONY: quickstart test test-slow models bench bench-methods clean
 
 quickstart: .venv/quickstart.stamp
 	$(STILLHOUSE) run quickstart --folder runs/quickstart
@@ -17,8 +17,15 @@ test-slow: .venv/test.stamp
 models: .venv/test.stamp
 	$(BIN)/python tools/make_models.py
 
-bench: .venv/test.stamp
-	for id in kd dhkd datadam imdn llmlingua2; do $(STILLHOUSE) bench $$id --seeds 3 || exit 1; done
+# What it costs, beside the peers; their environments are made on first use. ROWS="E1 E4" for some.
+bench: models
+	$(BIN)/python benchmarks/run.py $(ROWS)
+
+# What the methods reach: hours, not minutes. ONLY="kd dhkd" for some.
+bench-methods: .venv/test.stamp
+	for id in $(or $(ONLY),kd dhkd datadam imdn llmlingua2); do \
+		$(STILLHOUSE) bench $$id --seeds 3 || exit 1; \
+	done
 
 # torch comes by pip, which honours a machine's own choice of build; uv resolves the rest fast.
 .venv/uv.stamp:

@@ -31,11 +31,18 @@ def measure(bench: Bench) -> Row:
             "ceiling": round(_median(rounds, "ceiling"), 2),
             "capture, in live epochs": round(_median(rounds, "capture_epochs"), 2),
             "break-even after epochs": round(_median(rounds, "break_even"), 2),
+            "live, ms a step": round(_median(rounds, "live_ms"), 2),
+            "student, ms a step": round(_median(rounds, "student_ms"), 2),
             "reading, ms a step": round(_median(rounds, "reading_ms"), 3),
             "bytes per sample and draw": round(_median(rounds, "bytes"), 1),
         }
         for case, rounds in found.items()
     ]
+    row.notes.append(
+        "The ceiling supposes that reading the store costs nothing. What reading takes is in the "
+        "table: the floor of a step from the store is the student's own time and that. A ratio "
+        "above 1 or further below it than reading explains is the other work of the machine."
+    )
     row.versions = bench.versions(bench.python, "torchvision")
     return row
 

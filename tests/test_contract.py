@@ -15,10 +15,11 @@ from stillhouse.clock import Views
 from stillhouse.engine.loop import Stage
 from stillhouse.engine.step import Training
 from stillhouse.errors import Interrupted, StillhouseError
-from stillhouse.launch import open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.method import StudentTraining
 from stillhouse.opening import open_artifact
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge
 
 ENTRIES = sorted(catalogue.entries())

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,25 @@ def test_its_recipe_runs_on_real_data(house: Path) -> None:
     stronger = ("-o", "settings.weight=0.5", "--folder", "runs/stronger")
     stillhouse(house, "run", "logit-match", *stronger)
     assert "weight: 0.5" in (house / "runs" / "stronger" / "recipe.yaml").read_text()
+
+
+def test_what_makes_it_whole_is_understood(house: Path) -> None:
+    """The claim and the variant of the guide, put into the method's class."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    claims = re.search(r"```python\n(  claims: .*?\n  \])\n", guide, re.S)[1]
+    variants = re.search(r"`(variants = \{.*?\})`", guide)[1]
+    file = house / "src/stillhouse/methods/images/logit_match.py"
+    before = file.read_text(encoding="utf-8")
+    body = textwrap.indent(textwrap.dedent(claims) + "\n" + variants, "    ")
+    text = before.replace("    class Config(", body + "\n\n    class Config(")
+    text = text.replace("import Any\n", "import Any, ClassVar\n", 1)
+    text = text.replace("import Card, ", "import Card, Claim, Variant, ", 1)
+    file.write_text(text, encoding="utf-8")
+    try:
+        shown = stillhouse(house, "methods", "show", "logit-match")
+        assert "beats the student alone at equal steps" in shown
+        assert "labels-only" in shown
+        plan = stillhouse(house, "run", "logit-match", "-o", "variant=labels-only", "--dry-run")
+        assert re.search(r"weight +0\n", plan)
+    finally:
+        file.write_text(before, encoding="utf-8")

@@ -20,7 +20,8 @@ def label(port: int, path: Path, stop_at: int | None = None) -> dict[str, float]
     held = {}
 
     def watch(tally) -> None:
-        held.setdefault(tally.answered // 200, resident())
+        if tally.answered // 200 not in held:
+            held[tally.answered // 200] = resident()
         if stop_at is not None and tally.answered >= stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -14,14 +14,24 @@ ROWS, WIDTH = (int(sys.argv[1]), 1280) if len(sys.argv) > 1 else (524_288, 1280)
 LIMIT = 1_500_000_000
 
 
+def own_group(controller: str) -> str:
+    """The cgroup that this process is in: "memory" for version 1, "" for version 2."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path.strip("/")
+    return ""
+
+
 def group() -> tuple[Path, str, str] | None:
-    """A fresh memory cgroup with the limit: its folder, its peak file, its failure file."""
+    """A fresh memory cgroup below our own with the limit: its folder, peak file, process file."""
     places = (
         ("memory", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
         ("", "memory.max", "memory.peak"),
     )
     for part, limit, peak in places:
-        folder = Path("/sys/fs/cgroup") / part / f"stillhouse-{os.getpid()}"
+        home = Path("/sys/fs/cgroup") / part / own_group(part)
+        folder = home / f"stillhouse-{os.getpid()}"
         try:
             folder.mkdir()
             (folder / limit).write_text(str(LIMIT))

@@ -51,10 +51,10 @@ class Epochs:
     def __call__(self) -> None:
         self.times.append(time.perf_counter())
 
-    def seconds(self) -> list[float]:
-        """Of each epoch but the last, whose end has no stamp."""
+    def seconds(self, epochs: int) -> list[float]:
+        """Of each of the last so many epochs but the last, whose end has no stamp."""
         steps = ROWS // BATCH
-        marks = self.times[-steps * EPOCHS :: steps]
+        marks = self.times[-steps * epochs :: steps]
         return [b - a for a, b in pairwise(marks)]
 
 

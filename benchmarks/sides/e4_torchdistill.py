@@ -13,7 +13,7 @@ logging.disable(logging.WARNING)
 images = TensorDataset(*data())
 
 
-def run(cache: str | None) -> list[float]:
+def run(cache: str | None, epochs: int = EPOCHS) -> list[float]:
     """Seconds of the epochs of one training."""
     teacher, student = pair()
     loader = {
@@ -40,7 +40,7 @@ def run(cache: str | None) -> list[float]:
         student,
         {"train": images},
         {
-            "num_epochs": EPOCHS,
+            "num_epochs": epochs,
             "train_data_loader": loader,
             "teacher": {
                 "requires_grad": False,
@@ -60,22 +60,23 @@ def run(cache: str | None) -> list[float]:
         1,
     )
     stamps = Epochs()
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         box.pre_epoch_process(epoch=epoch)
         for x, target, supplement in box.train_data_loader:
             stamps()
             box.pre_forward_process()
             box.post_forward_process(box.forward_process(x, target, supplement))
-    return stamps.seconds()
+    return stamps.seconds(epochs)
 
 
 with tempfile.TemporaryDirectory() as place:
     live = run(None)
-    seconds = run(place)
-    files = [p.stat().st_size for p in Path(place).rglob("*.pt")]
+    seconds = run(f"{place}/0")
+    again = [run(f"{place}/{number}", 2)[0] for number in (1, 2)]
+    files = [p.stat().st_size for p in (Path(place) / "0").rglob("*.pt")]
     tell(
         live=min(live),
-        writing=seconds[0],
+        writing=min(seconds[0], *again),
         cached=min(seconds[1:]),
         bytes=sum(files) / ROWS,
         files=len(files),

@@ -12,12 +12,13 @@ from stillhouse import catalogue
 from stillhouse.artifact import Artifact
 from stillhouse.data.torch_dataset import splits_of
 from stillhouse.errors import RecipeError
-from stillhouse.launch import GIVEN, Given, RunResult, run
+from stillhouse.launch import RunResult, run
 from stillhouse.method import StudentTraining
 from stillhouse.net import Net
 from stillhouse.objective import Objective
 from stillhouse.opening import open_artifact
-from stillhouse.recipe import load_recipe, settings_of
+from stillhouse.recipe import GIVEN, load_recipe, settings_of
+from stillhouse.recipe_models import Given
 from stillhouse.tasks import open_task
 from stillhouse.teacher import Teacher
 from stillhouse.teachers.live import Live

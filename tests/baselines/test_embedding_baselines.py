@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from stillhouse import catalogue
 from stillhouse.batch import read_rows
 from stillhouse.errors import RecipeError
-from stillhouse.launch import open_job, open_method
+from stillhouse.launch import open_job
 from stillhouse.losses.logits import kl
 from stillhouse.losses.relations import rkd_angle, rkd_distance
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 
 
 def opened(entry, folder, **changes):

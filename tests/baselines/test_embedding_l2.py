@@ -18,6 +18,7 @@ from stillhouse.errors import ModelError, RecipeError
 from stillhouse.launch import run
 from stillhouse.net import Net
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge
 
 
@@ -77,7 +78,7 @@ def test_another_width_is_told():
 def test_another_distance_is_refused():
     example = {**EmbeddingL2.example(), "settings": {"distance": "l3"}}
     with pytest.raises(RecipeError, match="distance"):
-        load_recipe(example)
+        open_method(load_recipe(example))
 
 
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("float16", 1e-3), ("int8", 0.02)])

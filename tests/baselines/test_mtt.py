@@ -8,9 +8,10 @@ import torch
 from stillhouse import catalogue
 from stillhouse.clock import Clock
 from stillhouse.errors import RecipeError
-from stillhouse.launch import open_job, open_method, side_recipe
+from stillhouse.launch import open_job, side_recipe
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.set_distillation import distilled_of
 
 

@@ -9,10 +9,11 @@ from stillhouse import catalogue
 from stillhouse.batch import Batch, read_rows
 from stillhouse.clock import Clock
 from stillhouse.errors import RecipeError
-from stillhouse.launch import open_job, open_method, side_recipe
+from stillhouse.launch import open_job, side_recipe
 from stillhouse.models.convnet import ConvNet
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.set_distillation import distilled_of
 from stillhouse.teacher import Knowledge
 
@@ -99,3 +100,15 @@ def test_unknown_augmentation_is_told_before_anything_runs():
                 }
             )
         )
+
+
+@pytest.mark.parametrize("entry", ["random-real", "dm"])
+def test_mosaics_are_a_variant(entry, tmp_path):
+    example = catalogue.load(entry).example(0)
+    example["data"]["options"]["rows"] = 48
+    found = made(entry, tmp_path / "a", data=example["data"], variant="mosaic")
+    assert found.decode.factor == 2
+    assert found.training_count == 16
+    whole = made(entry, tmp_path / "b", data=example["data"])
+    assert whole.training_count == 4
+    assert not torch.equal(found.images, whole.images)

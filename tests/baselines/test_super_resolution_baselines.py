@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from stillhouse.baselines.edsr_small import EdsrSmall
-from stillhouse.launch import open_job, open_method, run, side_recipe
+from stillhouse.launch import open_job, run, side_recipe
 from stillhouse.methods.dense.imdn import Imdn
 from stillhouse.models.edsr import EDSR
 from stillhouse.opening import open_artifact
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 
 
 def test_bicubic_gains_nothing_over_itself_and_has_no_stage(tmp_path: Path) -> None:

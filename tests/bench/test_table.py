@@ -7,11 +7,11 @@ from rich.console import Console
 
 from stillhouse.bench import results as recorded
 from stillhouse.bench import table
-from stillhouse.bench.figures import count, duration, number, share, size, with_interval
 from stillhouse.bench.results import Results, judged
 from stillhouse.bench.show import difference, show
-from stillhouse.bench.statistics import interval
 from stillhouse.method import Claim
+from stillhouse.metrics.statistics import interval
+from stillhouse.report.figures import count, duration, number, share, size, with_interval
 
 
 def measured(name="ours", note="") -> Results:

@@ -27,7 +27,8 @@ def test_json_and_filters(call) -> None:
     assert (kd["kind"], kd["needs"]) == ("baseline", ["logits"])
     chosen = json.loads(call("methods", "--json", "--yields", "dataset").out)
     assert all(entry["yields"] == "dataset" for entry in chosen)
-    assert json.loads(call("methods", "--json", "--room", "nowhere").out) == []
+    found = call("methods", "--json", "--room", "dense", "--yields", "labels")
+    assert json.loads(found.out) == []
 
 
 def test_show_tells_card_settings_with_help_and_source_claims_and_results(call) -> None:
@@ -81,3 +82,9 @@ def test_a_file_that_cannot_be_read_is_a_warning(call, monkeypatch) -> None:
     done = call("methods")
     assert done.code == 0
     assert "warning: x.py: is not valid Python" in done.err
+
+
+def test_an_unknown_filter_names_the_nearest(call) -> None:
+    done = call("methods", "--room", "imges")
+    assert done.code == 1
+    assert "--room imges: there is none of it; did you mean 'images'?" in done.err

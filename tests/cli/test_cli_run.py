@@ -12,7 +12,7 @@ import pytest
 
 from stillhouse.cli.infer import split_options
 from stillhouse.errors import RecipeError
-from stillhouse.launch import KNOWS_NOTHING
+from stillhouse.recipe_models import KNOWS_NOTHING
 
 
 def test_a_run_leaves_artifact_and_report_and_is_not_run_twice(call, small: Path) -> None:

@@ -204,3 +204,37 @@ def test_job_map_can_fill_it(tmp_path):
             job.map("squares", items, square, into=journal)
             assert [entry["value"] for entry in journal] == [0, 1, 4, 9, 16, 25]
     assert calls == [0, 1, 2, 3, 4, 5]
+
+
+def test_synchronising_keeps_nobody_waiting_and_its_failure_is_told(tmp_path, monkeypatch):
+    import os
+    import threading
+
+    began, go, threads = threading.Event(), threading.Event(), []
+
+    def slow(handle: int) -> None:
+        threads.append(threading.current_thread())
+        began.set()
+        assert go.wait(20)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    journal = Journal(tmp_path / "j", fsync_every=2)
+    for number in range(7):  # the disk is busy from the second line on, and nobody waits
+        journal.put(f"{number:064d}", {"n": number})
+    assert began.wait(20)
+    assert len(journal) == 7
+    go.set()
+    journal.flush()
+    assert threads[0] is not threading.main_thread()
+    assert len(threads) == 2  # and the flush itself, for the lines since
+
+    def broken(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    journal.put("a" * 64, {})
+    journal.put("b" * 64, {})
+    with pytest.raises(OSError, match="Input/output"):
+        journal.flush()
+    journal.close()
+    assert len(Journal(tmp_path / "j")) == 9

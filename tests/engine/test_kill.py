@@ -29,10 +29,10 @@ TRAINING: dict[str, Any] = {
     "teacher": {
         "model": "stillhouse:small_cnn",
         "options": {"widths": [16, 32]},
-        "train": {"epochs": 60, "batch": 32, "lr": 0.003},
+        "train": {"epochs": 8, "batch": 32, "lr": 0.003},
     },
     "student": {"model": "stillhouse:small_cnn", "options": {"widths": [8, 16]}},
-    "budget": {"epochs": 400, "batch": 32, "lr": 0.01, "select": "best"},
+    "budget": {"epochs": 250, "batch": 32, "lr": 0.01, "select": "best"},
     "output": {"checkpoint_minutes": 0.001, "log_every": 3},
 }
 SYNTHESIS: dict[str, Any] = {
@@ -46,13 +46,13 @@ SYNTHESIS: dict[str, Any] = {
         "judge_nets": 2,
         "full_epochs": 2,
     },
-    "budget": {"steps": 400},
+    "budget": {"steps": 250},
     "output": {"checkpoint_minutes": 0.0, "log_every": 5},
 }
 CONCURRENCY = 4
 LABELLING: dict[str, Any] = {
     "method": "llmlingua2",
-    "data": {"name": "generated_prose", "options": {"texts": 300, "sentences": 3}},
+    "data": {"name": "generated_prose", "options": {"texts": 240, "sentences": 3}},
     "teacher": {
         "endpoint": {
             "model": "rules",
@@ -130,7 +130,7 @@ def kill_at_random(place: Place, seed: int, killed: Callable[[], None] = lambda:
             while place.state() == before and process.poll() is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0.0, 0.4))
+            time.sleep(rng.uniform(0.0, 0.15))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"

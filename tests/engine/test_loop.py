@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stillhouse.batch import Shuffled, Splits, TensorSource
+from stillhouse.batch import Shuffled, Splits, Subset, TensorSource
 from stillhouse.clock import Views
 from stillhouse.engine.hardware import Hardware
-from stillhouse.engine.job import Above, Best, Each, Job
+from stillhouse.engine.job import Above, Best, Each, Family, Job
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.loop import Stage
 from stillhouse.errors import CheckpointError, Interrupted, RecipeError, TrainingError
@@ -303,7 +303,6 @@ def test_optimisers_by_pattern_move_every_parameter_once(tmp_path):
 
 
 def test_redo_runs_the_stage_and_what_follows(tmp_path):
-    from stillhouse.engine.job import Family
 
     first = make_job(tmp_path)
     assert [first.once(n, lambda: 1) for n in "abc"] == [1, 1, 1]
@@ -365,6 +364,64 @@ def test_refused_step_changes_nothing(tmp_path):
     before = {k: v.clone() for k, v in objective.state_dict().items()}
     job.fit("student", objective, job.order("train"))
     assert all(torch.equal(before[k], v) for k, v in objective.state_dict().items())
+
+
+def test_what_prepare_proposes_is_kept_after_steps_that_proposed_nothing(tmp_path):
+    class Late(Fit):
+        def prepare(self, batch, clock):
+            if clock.step >= 2:
+                self.propose(seen=torch.tensor(float(clock.step)))
+            return batch
+
+        def forward(self, batch, knowledge, clock):
+            y = self.student(batch.view("x"))["y"]
+            return {"task": F.mse_loss(y, batch["target"])}
+
+        def after_backward(self, terms, clock):
+            return clock.step < 2
+
+    job = make_job(tmp_path, steps=3, epochs=None)
+    objective = Late(job.task.net(job.build(lambda: nn.Linear(6, 2), "student")))
+    job.fit("student", objective, job.order("train"))
+    assert objective.seen == 2.0  # the step was refused, what prepare proposed was not
+
+
+def test_small_steps_are_read_together_and_change_nothing(tmp_path):
+    class Singly(TensorSource):
+        reads = 0
+
+        def read(self, rows, views):
+            Singly.reads += 1
+            return super().read(rows, views)
+
+    def run(folder, source):
+        job = make_job(folder)
+        objective = Fit(student(job, 0.2), 0.1)
+        job.fit("student", objective, Shuffled(source, 20))
+        return objective.state_dict()
+
+    toy = data()
+    singly = Singly(toy.views, name="toy")
+    assert (Shuffled(toy, 20).together, Shuffled(singly, 20).together) == (409, 1)
+    one, other = run(tmp_path / "a", toy), run(tmp_path / "b", singly)
+    assert Singly.reads == 15  # three epochs of five steps, the last of 16 rows
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_only_readings_row_by_row_are_made_together():
+    toy = data()
+    assert Shuffled(Subset(toy, torch.arange(50)), 16).together > 1
+    augmented = TensorSource(toy.views, augment=lambda batch, views: batch)
+    assert Shuffled(augmented, 16).together == 1
+    images = TensorSource({"x": torch.zeros(4, 3, 32, 32, dtype=torch.uint8)})
+    assert images.row_bytes == 4 * 3 * 32 * 32
+    assert Shuffled(images, 4).together == 5
+    order = Shuffled(TensorSource({"x": torch.arange(9), "name": [str(i) for i in range(9)]}), 4)
+    steps = order.epoch(0, lambda: torch.Generator().manual_seed(0))
+    for rows, batch in zip(steps, order.read_together(steps, Views(0)), strict=True):
+        alone = order.read(rows, Views(0))
+        assert torch.equal(batch["x"], alone["x"])
+        assert (batch["name"], batch["draw"]) == (alone["name"], alone["draw"])
 
 
 def test_a_term_over_nothing_is_dropped(tmp_path):
@@ -452,6 +509,24 @@ def test_it_ends_where_the_figure_sinks_and_keeps_the_state_before(tmp_path):
     assert "beyond the floor" in log
 
 
+def test_a_dip_is_passed_over_unless_the_training_ends_in_it(tmp_path):
+    keep = Above(1.0, "error", patience=2)
+    told = [0.5, 1.5, 0.6, 1.5, 1.6, 0.1]
+    _, done = train(
+        make_job(tmp_path / "two"), keep=keep, validate=scores(told), validate_every=3, steps=18
+    )
+    assert (done.steps, done.best_step) == (15, 9)
+    _, short = train(
+        make_job(tmp_path / "end"), keep=keep, validate=scores(told), validate_every=3, steps=12
+    )
+    assert (short.steps, short.best_step) == (12, 9)
+    assert "step 12 is beyond the floor" in short.stopped
+    _, over = train(
+        make_job(tmp_path / "over"), keep=keep, validate=scores(told), validate_every=3, steps=9
+    )
+    assert (over.steps, over.best_step, over.stopped) == (9, 9, "")
+
+
 def test_where_it_never_sinks_it_is_as_without(tmp_path):
     plain, _ = train(make_job(tmp_path / "plain"))
     floor, done = train(make_job(tmp_path / "floor"), keep=Above(1e9))
@@ -505,3 +580,33 @@ def test_it_needs_validation_data(tmp_path):
     job.splits._sources.pop("val")
     with pytest.raises(RecipeError, match=r"floor.*data\.options\.val"):
         train(job, keep=Above(1.0))
+
+
+def test_a_stage_that_was_refused_before_its_first_step_may_begin_differently(tmp_path):
+    job = make_job(tmp_path)
+    job.stage("student", "train", stamp={"steps": 1})
+    again = make_job(tmp_path)
+    stage = again.stage("student", "train", stamp={"steps": 2})
+    stage.save(1, {"x": 1})
+    with pytest.raises(CheckpointError, match=r"steps: 2 -> 3.*--redo student"):
+        make_job(tmp_path).stage("student", "train", stamp={"steps": 3})
+
+
+def test_redo_of_a_shared_stage_makes_it_again_and_only_when_it_is_named(tmp_path):
+    made = []
+
+    def value():
+        made.append(len(made))
+        return len(made)
+
+    def run(*redo):
+        job = make_job(tmp_path)
+        job.family = Family(redo)
+        first = job.once("first", lambda: 0)
+        return first, job.once("expert", value, share={"of": "this"})
+
+    assert run() == (0, 1)
+    assert run() == (0, 1)
+    assert run("first") == (0, 1)
+    assert run("expert") == (0, 2)
+    assert run() == (0, 2)

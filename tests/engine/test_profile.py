@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,34 @@ def test_the_probe_leaves_the_net_alone():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert probe.channels_last(net, torch.rand(2, 8)) is None
+
+
+class Slow(nn.Module):
+    """Takes 4 ms for up to four rows and then 4 ms a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def forward(self, x):
+        assert torch.is_inference_mode_enabled()
+        self.asked.append(len(x))
+        time.sleep(0.004 * max(1, len(x) - 3))
+        return {"logits": x}
+
+
+def test_the_quickest_labelling_batch_is_found_and_advised():
+    net = Net(Slow()).train()
+    found = probe.labelling(net, torch.rand(16, 2), 1)
+    assert found is not None
+    assert found["batch"] == 4
+    assert found["ratio"] < 0.5
+    assert net.training
+    assert set(net.module.asked) == {1, 2, 4}
+    assert probe.labelling(net, torch.rand(2, 2), 8) is None
+    plain = figures(student_forward=4.0, backward=5.0)
+    assert any("teacher.store.batch=4" in told for told in advice(plain, labelling=found))
+    assert "nothing" in advice(plain, labelling={"batch": 8, "ratio": 1.0})[0]
 
 
 def kd(**more) -> dict:

@@ -400,6 +400,21 @@ def test_ruled_out_classes_contribute_nothing(direction):
     assert L.kl(padded_t, padded_t, direction=direction).item() == 0.0
 
 
+def test_the_mean_forward_kl_in_one_sum_is_that_item_by_item():
+    s, t = pair(7, 6, seed=3)
+    s.requires_grad_(True)
+    whole = L.kl(s, t, temperature=3.0)
+    singly = L.kl(s, t, temperature=3.0, reduction="none").mean()
+    torch.testing.assert_close(whole, singly)
+    torch.testing.assert_close(grad_of(whole, s), grad_of(singly, s))
+    assert L.kl(t, t, temperature=3.0).item() == 0.0
+    over_rows = torch.vmap(lambda a, b: L.kl(a[None], b[None], temperature=3.0))(s.detach(), t)
+    torch.testing.assert_close(over_rows.mean(), singly.detach())
+    ruled_out = t.index_fill(1, torch.tensor([2]), -math.inf)
+    assert L.kl(s, ruled_out).isfinite()
+    assert L.kl(s, t * math.nan).isnan()
+
+
 def test_js_with_disjoint_support_is_log_two():
     s = torch.tensor([[0.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     t = torch.tensor([[-math.inf, 0.0]], dtype=torch.float64)

@@ -150,6 +150,25 @@ def test_an_unused_input_gets_zeros():
     assert by_rows(lambda a, b: a.sum(-1), *rows).shape == (4,)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_the_closed_form_of_js_is_that_of_its_definition(beta):
+    rng = torch.Generator().manual_seed(0)
+    # from nearly equal to farther apart than float32 tells
+    for spread in (1e-6, 1.0, 30.0, 400.0):
+        base = torch.randn(6, 9, generator=rng, dtype=torch.float64)
+        other = base + spread * torch.randn(6, 9, generator=rng, dtype=torch.float64)
+        logs = [x.log_softmax(-1).requires_grad_() for x in (base, other)]
+        found, expected = L._JensenShannon.apply(*logs, beta), L._mixed_js(*logs, beta)
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-22)
+        grads = [torch.autograd.grad(x.sum(), logs) for x in (found, expected)]
+        for one, two in zip(*grads, strict=True):
+            assert torch.allclose(one, two, rtol=1e-6, atol=1e-14)
+        low = [x.detach().float() for x in logs]
+        assert torch.allclose(
+            L._JensenShannon.apply(*low, beta).double(), found, rtol=1e-4, atol=1e-6
+        )
+
+
 MEMORY = """
 import resource, torch
 from stillhouse.losses.logits import jsd

@@ -19,13 +19,14 @@ from stillhouse import catalogue
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.launch import open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.losses.distributions import dm
 from stillhouse.models.convnet import ConvNet
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.set_distillation import distilled_of
 from stillhouse.teacher import Knowledge
 

@@ -24,8 +24,7 @@ from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
 from stillhouse.engine.step import Training
 from stillhouse.errors import DataError, ModelError, RecipeError, TrainingError
-from stillhouse.launch import Given as Handed
-from stillhouse.launch import open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.losses.logits import soft_cross_entropy
 from stillhouse.methods.datasets.datm import averaged_labels, picked_correctly
 from stillhouse.models.convnet import ConvNet
@@ -36,6 +35,8 @@ from stillhouse.parts.schedule import constant, window
 from stillhouse.parts.trajectory_matching import TrajectoryMatching
 from stillhouse.parts.unroll import FlatNet
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given as Handed
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.set_distillation import distilled_of
 from stillhouse.stages.trajectory_distillation import sgd
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from stillhouse.artifact import plain_state
 from stillhouse.batch import Batch, Shuffled, Splits, TensorSource
 from stillhouse.errors import ModelError, RecipeError, TeacherError
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.methods.images.dhkd import DHKD, DHKDObjective
 from stillhouse.metrics.head_geometry import head_geometry
 from stillhouse.opening import open_artifact
 from stillhouse.parts.gradient import Project
 from stillhouse.parts.heads import ExtraHead
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.function import Callable

@@ -19,13 +19,14 @@ from stillhouse.clock import Clock
 from stillhouse.data.splitting import Unlabelled
 from stillhouse.errors import ModelError, RecipeError, TeacherError
 from stillhouse.exporting import export_artifact
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.methods.images.dho import DHO, DHOObjective, TwoHeadClassifier
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.parts.mixing import mix_probabilities
 from stillhouse.parts.two_heads import TwoHeads
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.function import Callable
@@ -453,7 +454,7 @@ def test_the_report_shows_three_accuracies_and_the_map(tmp_path):
     assert {"accuracy", "accuracy_ce", "accuracy_kd", "alpha", "beta", "conflict"} <= set(figures)
     assert "accuracy" in result.sides["teacher"]["0"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "by alpha (columns) and beta (rows)" in page
+    assert "by alpha (rows) and beta (columns)" in page
     assert "Validation accuracy over the mix" in page
     assert "labels&#x27; head" in page or "labels&#39; head" in page or "labels' head" in page
 

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from stillhouse import catalogue
 from stillhouse.clock import Clock
 from stillhouse.errors import CheckpointError, ModelError, RecipeError
-from stillhouse.launch import infer, open_job, open_method, plan, run
+from stillhouse.launch import infer, open_job, run
 from stillhouse.methods.dense.imdn import Imdn, ImdnObjective
 from stillhouse.models.imdn import IMDN, IMDN_AS, load_published, parameter_count
 from stillhouse.opening import open_artifact
 from stillhouse.parts.degrade import imresize
 from stillhouse.parts.schedule import halved_every
+from stillhouse.planning import plan
 from stillhouse.recipe import dump_recipe, load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge
 
 

@@ -15,10 +15,11 @@ from stillhouse.baselines.kd import KD, KDObjective
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
 from stillhouse.errors import ModelError, RecipeError, TeacherError
-from stillhouse.launch import open_job, open_method
+from stillhouse.launch import open_job
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge, TopK
 
 

@@ -14,7 +14,7 @@ from stillhouse.artifact import plain_state
 from stillhouse.batch import Batch, Splits, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.errors import DataError, ModelError, RecipeError, TeacherError
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.losses.logits import soft_cross_entropy
 from stillhouse.methods.images.lelp import (
     LELP,
@@ -32,6 +32,7 @@ from stillhouse.opening import open_artifact
 from stillhouse.parts.heads import WideHead, widen_net
 from stillhouse.parts.matrices import class_pca, nullspace, random_rotation
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.live import Live

@@ -12,8 +12,9 @@ from stillhouse.artifact import plain_state
 from stillhouse.baselines.linear_probe import LinearProbe
 from stillhouse.batch import Splits, TensorSource
 from stillhouse.errors import TeacherError
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 
 WORDS = ("red", "green", "blue")
 

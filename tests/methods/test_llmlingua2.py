@@ -13,7 +13,7 @@ import torch
 from stillhouse.artifact import plain_state
 from stillhouse.bench import runner as bench
 from stillhouse.errors import DataError, ModelError, RecipeError
-from stillhouse.launch import infer, open_job, open_method, plan, run
+from stillhouse.launch import infer, open_job, run
 from stillhouse.losses.sequence import IGNORED, token_cross_entropy
 from stillhouse.methods.language.llmlingua2 import (
     LLMLingua2,
@@ -26,7 +26,9 @@ from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.parts.text_reader import PieceReader
 from stillhouse.parts.text_spans import count_tokens, split_words
+from stillhouse.planning import plan
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.word_labels import Chunk, Labelled, Shortening, label_words
 
 SOURCE, SHORT = "The big cats, running fast, have seen us.", "big cats running seen us."

@@ -14,7 +14,7 @@ from stillhouse.baselines.kd import KD, KDObjective
 from stillhouse.batch import Batch, Splits, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.errors import ModelError, RecipeError, TeacherError
-from stillhouse.launch import Given, open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.losses.mutual_information import cmi
 from stillhouse.methods.images.mcmi import (
     MCMI,
@@ -27,6 +27,7 @@ from stillhouse.metrics.mutual_information import CMI
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.tasks.classification import Classification
 from stillhouse.teacher import Knowledge
 from stillhouse.teachers.live import Live
@@ -425,11 +426,17 @@ def test_the_teacher_before_tuning_makes_the_student_of_kd(tmp_path):
 
 def test_a_store_keeps_what_the_tuned_teacher_says(tmp_path):
     kept = {**TEACHER, "store": {"dtype": "float32"}}
-    live, _ = trained(recipe(settings=EASY), tmp_path / "live")
-    stored, job = trained(recipe(teacher=kept, settings=EASY), tmp_path / "stored")
-    assert "capture" in stages(job)
-    one, other = plain_state(live.module), plain_state(stored.module)
-    assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-5
+    settings = {**EASY, "students": {"few": {"few_shot": 4}}}
+    live, _ = trained(recipe(settings=settings), tmp_path / "live")
+    stored, job = trained(recipe(teacher=kept, settings=settings), tmp_path / "stored")
+    assert {"capture", "students/few/capture"} <= set(stages(job))
+    pairs = [
+        (a.module, b.module)
+        for a, b in ((live, stored), (live.attachments["few"], stored.attachments["few"]))
+    ]
+    for pair in pairs:
+        one, other = (plain_state(module) for module in pair)
+        assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-5
 
 
 def test_what_is_handed_in_stays_as_it_is(tmp_path):

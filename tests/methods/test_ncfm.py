@@ -20,7 +20,7 @@ from stillhouse.batch import Batch, ByClass
 from stillhouse.clock import Clock, Views
 from stillhouse.engine.loop import Stage
 from stillhouse.errors import CheckpointError, DataError, Interrupted, RecipeError
-from stillhouse.launch import open_job, open_method, run
+from stillhouse.launch import open_job, run
 from stillhouse.losses.distributions import cf_distance, dm
 from stillhouse.losses.logits import soft_cross_entropy
 from stillhouse.methods.datasets import ncfm
@@ -32,6 +32,7 @@ from stillhouse.parts.distilled_set import Decode, DistilledSet, MeanStd
 from stillhouse.parts.mosaic import mosaic
 from stillhouse.parts.net_pool import NetPool
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.set_distillation import distilled_of
 from stillhouse.teacher import Knowledge
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from stillhouse.bench.statistics import interval
+from stillhouse.metrics.statistics import interval
 from stillhouse.report.charts import (
     HEIGHT,
     LEFT,

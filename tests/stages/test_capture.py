@@ -19,8 +19,9 @@ from stillhouse.artifact import plain_state
 from stillhouse.batch import Subset, TensorSource
 from stillhouse.engine.store import Store
 from stillhouse.errors import CheckpointError, DataError, RecipeError, TeacherError
-from stillhouse.launch import open_job, open_method
+from stillhouse.launch import open_job
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import open_method
 from stillhouse.stages.capture import ids_of
 from stillhouse.teacher import Want
 from stillhouse.teachers.live import Live

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.launch import Given, open_job
+from stillhouse.launch import open_job
 from stillhouse.models.convnet import ConvNet
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given
 from stillhouse.stages.fresh_nets import (
     fresh_net,
     has_batch_statistics,

@@ -5,7 +5,7 @@ import torch
 
 from stillhouse.batch import Subset, TensorSource
 from stillhouse.errors import DataError
-from stillhouse.parts.distilled_set import MeanStd
+from stillhouse.parts.distilled_set import Decode, MeanStd
 from stillhouse.stages.initial_set import RealImages, initial_images, set_of
 
 
@@ -103,3 +103,19 @@ def test_what_is_missing_is_told():
     vectors = TensorSource({"x": torch.rand(6, 5), "target": torch.arange(6) % 3})
     with pytest.raises(DataError, match=r"images \(C, H, W\)"):
         RealImages(vectors, 3, None)
+
+
+def test_mosaics_begin_with_the_images_that_single_ones_would():
+    real = RealImages(source(60), 3, NORMAL)
+    single = initial_images(real, 2, "real", rng())
+    tiles = initial_images(real, 2, "real", rng(), factor=2)
+    assert tiles.shape == single.shape
+    first = torch.nn.functional.interpolate(single[:2], size=(2, 2), mode="nearest")
+    assert torch.equal(tiles[:2, :, :2, :2], first)
+    chosen = initial_images(real, 1, "smart", rng(), factor=2)
+    assert chosen.shape == (3, 3, 4, 4)
+    with pytest.raises(DataError, match="24 per class"):
+        initial_images(real, 6, "real", rng(), factor=2)
+    made = set_of(tiles, 2, ("a", "b", "c"), NORMAL, Decode(2, pad=0.5))
+    assert made.decode.pad == pytest.approx((0.0, 1 / 3, 0.5))
+    assert made.training_count == 24

@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.optim import SGD
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
 
+from stillhouse.batch import Batch
+from stillhouse.clock import Clock
 from stillhouse.errors import RecipeError
 from stillhouse.launch import open_job
+from stillhouse.models.convnet import ConvNet
+from stillhouse.net import Net
+from stillhouse.parts.distilled_set import Decode
 from stillhouse.recipe import load_recipe
 from stillhouse.stages import judge_distilled_set as stage
 from stillhouse.stages.fresh_nets import fresh_net
 from stillhouse.stages.initial_set import RealImages, initial_images, set_of
 from stillhouse.stages.judge_distilled_set import Judging, Protocol, accuracies
+from stillhouse.teacher import Knowledge
 
 RECIPE = {
     "method": "random-real",
@@ -187,3 +194,71 @@ def test_k_means_images_are_real_and_of_their_class(tmp_path):
 def test_a_judge_without_networks_is_refused():
     with pytest.raises(RecipeError, match="1 network at least"):
         Judging(nets=0)
+
+
+def test_the_protocol_of_ncfm_halves_the_rate_of_one_optimiser(tmp_path, monkeypatch):
+    """AdamW for E epochs, the rate halved after each fifth; every step is recorded."""
+    rates, fresh_states = [], []
+
+    class Recorder(AdamW):
+        def step(self, closure=None):
+            rates.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+            fresh_states.append(not any(state for state in self.state.values()))
+            return super().step(closure)
+
+    monkeypatch.setattr(stage, "AdamW", Recorder)
+    job = opened(tmp_path)
+    protocol = Protocol.ncfm(epochs=10, augment="color_flip")
+    accuracies(job, "own", some_set(job), protocol, fresh(job), nets=1)
+    assert [r for r, _ in rates] == pytest.approx(
+        [1e-3 * 0.5 ** (epoch // 2) for epoch in range(10)]
+    )
+    assert {d for _, d in rates} == {0.01}
+    assert fresh_states == [True] + [False] * 9
+    assert protocol.told().startswith("10 epochs (AdamW")
+    assert Protocol().told().startswith("1001 epochs (SGD")
+
+
+def test_cutmix_counts_both_labels_by_their_shares():
+    net = Net(ConvNet(3, 4, 8, width=4, depth=1))
+    training = stage.SetTraining(net, Protocol(augment="none", cutmix=1.0))
+    batch = Batch(x=torch.rand(6, 3, 8, 8), target=torch.arange(6) % 4)
+    clock = Clock(step=3)
+    mix = training.cutmix.draw(6, (8, 8), clock.rng("cutmix"))
+    logits = net(mix.images(batch["x"]))["logits"]
+    share = mix.box.share
+    expected = share * F.cross_entropy(logits, batch["target"]) + (1 - share) * F.cross_entropy(
+        logits, batch["target"][mix.partner]
+    )
+    torch.testing.assert_close(training(batch, Knowledge.none, clock)["task"], expected)
+    assert training.batchwide
+    assert not stage.SetTraining(net, Protocol()).batchwide
+
+
+def test_soft_labels_give_way_in_the_last_epochs():
+    net = Net(ConvNet(3, 4, 8, width=4, depth=1))
+    training = stage.SetTraining(net, Protocol(epochs=5, augment="none", hard_last=2))
+    soft = torch.randn(3, 4)
+    batch = Batch(x=torch.rand(3, 3, 8, 8), target=torch.tensor([0, 1, 2]), label_logits=soft)
+    logits = net(batch["x"])["logits"]
+    hard = F.cross_entropy(logits, batch["target"])
+    softly = F.cross_entropy(logits, soft.softmax(1))
+    for epoch, expected in ((0, softly), (2, softly), (3, hard), (4, hard)):
+        found = training(batch, Knowledge.none, Clock(epoch=epoch))["task"]
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_set_of_mosaics_stands_beside_mosaics_of_real_images(tmp_path):
+    job = opened(tmp_path)
+    classes = job.task.about["classes"]
+    real = RealImages(job.splits["train"], len(classes), None)
+    images = initial_images(real, 1, "real", job.rng("x"), factor=2)
+    tiles = set_of(images, 1, classes, None, Decode(2))
+    judging = Judging(protocol=SHORT, nets=1, against=("random-real",))
+    figures = stage.judge_distilled_set(job, tiles, fresh(job), judging)
+    assert {"random_real", "random_mosaic"} <= set(figures)
+    assert figures["images"] == 4
+    assert figures["training_images"] == 16
+    drawn = stage.random_images(job, real, [1] * 4, 2)
+    again = initial_images(real, 1, "real", job.rng("initial images"), factor=2)
+    assert torch.equal(drawn, again)

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.bench.statistics import (
+from stillhouse.errors import CheckpointError
+from stillhouse.metrics.statistics import (
     FAST_SECONDS,
     LEAST_SEEDS,
     Interval,
@@ -19,7 +20,6 @@ from stillhouse.bench.statistics import (
     required_seeds,
     verdict,
 )
-from stillhouse.errors import CheckpointError
 
 if TYPE_CHECKING:
     from stillhouse.method import Claim

@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from stillhouse import catalogue
 from stillhouse.bench import results as recorded
 from stillhouse.bench.results import Results, file_hash, judged, kept_from, stamp_of
-from stillhouse.bench.statistics import (
+from stillhouse.engine.checkpoint import write_atomic
+from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
+from stillhouse.method import Claim, Method
+from stillhouse.metrics.statistics import (
     FAST_SECONDS,
     LEAST_SEEDS,
     LEAST_SEEDS_WHEN_FAST,
     required_seeds,
 )
-from stillhouse.engine.checkpoint import write_atomic
-from stillhouse.errors import CheckpointError, RecipeError, StillhouseError, nearest
-from stillhouse.method import Claim, Method
 from stillhouse.recipe import Recipe, load_recipe, recipe_ids
 
 SCORE = "score.json"
@@ -217,8 +217,10 @@ def surroundings(recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, str], 
     """Data (name, edition, hash), versions and hardware of the runs of a recipe."""
     from stillhouse import launch
     from stillhouse.data.registry import open_data
+    from stillhouse.recipe_models import Given
+    from stillhouse.summary import versions
 
-    splits = {recipe.data.name: launch.open_splits(recipe, launch.Given())}
+    splits = {recipe.data.name: launch.open_splits(recipe, Given())}
     train = recipe.teacher.train if recipe.teacher is not None else None
     if train is not None and train.data is not None:
         own = train.data
@@ -227,7 +229,7 @@ def surroundings(recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, str], 
         {"name": name, "edition": read.edition, "hash": str(read.about.get("hash", ""))}
         for name, read in splits.items()
     ]
-    return data, launch.versions(), launch.open_hardware(recipe).describe()
+    return data, versions(), launch.open_hardware(recipe).describe()
 
 
 def _launched() -> RunSide:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.bench.figures import number, with_interval
 from stillhouse.bench.results import Results
+from stillhouse.report.figures import number, with_interval
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stillhouse.bench import results as recorded
-from stillhouse.bench.figures import number, with_interval
 from stillhouse.bench.results import Results
 from stillhouse.bench.show import difference, sense
+from stillhouse.report.figures import number, with_interval
 
 HEAD = """# Measured results
 

@@ -8,6 +8,7 @@ import typer
 
 from stillhouse import catalogue
 from stillhouse.cli.printing import print_columns, print_json
+from stillhouse.errors import RecipeError, nearest
 
 methods = typer.Typer(help="List methods and baselines; `show ID` tells all about one.")
 
@@ -35,6 +36,8 @@ def table(
     """List methods and baselines."""
     if context.invoked_subcommand is not None:
         return
+    _refuse_unknown("--room", room, {str(e.card.get("room")) for e in catalogue.entries().values()})
+    _refuse_unknown("--yields", yields, {"model", "dataset", "labels", "analysis"})
     chosen = [
         entry
         for entry in catalogue.entries().values()
@@ -51,6 +54,11 @@ def table(
         )
     for problem in catalogue.problems():
         typer.echo(f"warning: {problem}", err=True)
+
+
+def _refuse_unknown(option: str, value: str, known: set[str]) -> None:
+    if value and value not in known:
+        raise RecipeError(f"{option} {value}: there is none of it{nearest(value, known)}")
 
 
 def _row(entry: catalogue.Entry) -> tuple[str, ...]:

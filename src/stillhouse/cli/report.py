@@ -22,7 +22,13 @@ def report(
     if not summary.is_file():
         raise RunFolderError(_lack(run))
     if as_json:
-        print_json(json.loads(summary.read_text(encoding="utf-8")))
+        try:
+            print_json(json.loads(summary.read_bytes()))
+        except ValueError as error:
+            raise RunFolderError(
+                f"{summary} is damaged ({error}); make it again from the stages with: stillhouse "
+                f"run {run / 'recipe.yaml'} --folder {run}"
+            ) from error
         return
     from stillhouse import report as reports
 

@@ -87,10 +87,10 @@ def run(
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from stillhouse import launch
+    from stillhouse import planning
     from stillhouse.recipe import dump_recipe
 
-    plan = launch.plan(recipe)
+    plan = planning.plan(recipe)
     if as_json:
         print_json({"plan": plan, "recipe": recipe.model_dump(mode="json")})
         return

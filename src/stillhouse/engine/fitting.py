@@ -112,7 +112,7 @@ class _Selection:
         self.best_step = 0
         self.snapshots: list[str] = []
         self.stopped = ""
-        self.done = 0
+        self.done = self.below = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -123,10 +123,11 @@ class _Selection:
             "snapshots": self.snapshots,
             "stopped": self.stopped,
             "done": self.done,
+            "below": self.below,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stopped, self.done = state["stopped"], state["done"]
+        self.stopped, self.done, self.below = state["stopped"], state["done"], state["below"]
         self.training.load_state_dict(state["training"])
         self.scores, self.best = state["scores"], state["best"]
         self.best_step, self.snapshots = state["best_step"], state["snapshots"]
@@ -174,7 +175,8 @@ class _Selection:
         sign = 1.0 if self.job.task.higher_is_better else -1.0
         if isinstance(self.keep, Above):
             better = sign * scores[metric] >= sign * self.keep.least
-            if not better:
+            self.below = 0 if better else self.below + 1
+            if self.below >= self.keep.patience or (self.below and done == self.total):
                 self.stopped = (
                     f"{metric} {scores[metric]:.4g} at step {done} is beyond the floor of "
                     f"{self.keep.least:.4g}; the state of step {self.best_step} is kept"

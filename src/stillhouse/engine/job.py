@@ -54,12 +54,14 @@ class Best:
 
 @dataclass(frozen=True)
 class Above:
-    """Keep the last state whose figure has not sunk below a floor; one that has ends the training.
+    """Keep the last state whose figure is not below a floor; a training that sinks is ended.
 
     The initial state counts as one above it.
 
     Attributes:
         least: the floor: the lowest figure that is accepted (the highest, where lower is better).
+        patience: validations in a row below it that end the training; a dip that is shorter is
+            passed over, unless the training ends in it.
         metric: by name; the task's main metric when empty.
         split: "val" by default.
     """
@@ -67,6 +69,7 @@ class Above:
     least: float
     metric: str = ""
     split: str = "val"
+    patience: int = 1
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -24,6 +25,7 @@ from stillhouse.teacher import Reply, Request
 
 _KEY_BYTES = 64
 _FSYNC_SECONDS = 2.0
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # made once: dumps makes one per line
 
 
 class Price(NamedTuple):
@@ -85,6 +87,8 @@ class Journal:
         self._fsync_every = max(1, fsync_every)
         self._unsynced = 0
         self._synced = time.monotonic()
+        self._syncer: ThreadPoolExecutor | None = None
+        self._syncing: Future[None] | None = None
         self._places: dict[str, int] = {}
         self._used = [0, 0, 0.0, 0]  # prompt and completion tokens, seconds, attempts
         self._lock: IO[str] | None = None
@@ -204,7 +208,7 @@ class Journal:
         self._unsynced += 1
         late = time.monotonic() - self._synced >= _FSYNC_SECONDS
         if late or self._unsynced >= self._fsync_every:
-            self.flush()
+            self._flush_soon()
 
     def put_reply(
         self,
@@ -287,8 +291,26 @@ class Journal:
             cost=(prompt * price.prompt + completion * price.completion) / 1e6,
         )
 
+    def _flush_soon(self) -> None:
+        """Force it onto the disk in a thread: who asks many questions must not wait for it."""
+        if self._syncing is not None and not self._syncing.done():
+            return  # the next line tries again
+        self._settle()
+        if self._syncer is None:
+            self._syncer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._syncing = self._syncer.submit(os.fsync, self._out)
+        self._unsynced = 0
+        self._synced = time.monotonic()
+
+    def _settle(self) -> None:
+        """Wait for the thread, and tell what went wrong there."""
+        begun, self._syncing = self._syncing, None
+        if begun is not None:
+            begun.result()
+
     def flush(self) -> None:
-        """Force what was written onto the disk."""
+        """Force what was written onto the disk; it is there on return."""
+        self._settle()
         if self._out >= 0 and self._unsynced:
             os.fsync(self._out)
         self._unsynced = 0
@@ -296,7 +318,15 @@ class Journal:
 
     def close(self) -> None:
         """Synchronise and release the lock; afterwards nothing can be read or written."""
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._syncer is not None:
+            self._syncer.shutdown()
+            self._syncer = None
         if self._out >= 0:
             os.close(self._out)
             self._out = -1
@@ -378,7 +408,7 @@ def _write_whole(handle: int, line: bytes) -> None:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    text = json.dumps(entry, ensure_ascii=False)
+    text = _ENCODE(entry)
     check = zlib.crc32(text.encode("utf-8", "surrogatepass"))
     return f'{text[:-1]}, "crc": {check}}}\n'.encode("utf-8", "surrogatepass")
 

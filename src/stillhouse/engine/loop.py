@@ -21,6 +21,8 @@ from stillhouse.engine.hardware import Hardware
 from stillhouse.engine.log import RunLog
 from stillhouse.errors import CheckpointError, Interrupted
 
+STAMP = "stamp.state"
+
 
 class State(Protocol):
     """Anything that can be saved: `state_dict` of tensors, numbers, strings and nests of them."""
@@ -109,18 +111,28 @@ class Stage:
         return "/".join(self.path)
 
     def _check_stamp(self, stamp: dict[str, Any]) -> None:
-        path = self.folder / "stamp.state"
+        path = self.folder / STAMP
         if path.exists() and not self.anew:
             old = self._read(path)
             changed = sorted(k for k in {*old, *stamp} if old.get(k) != stamp.get(k))
-            if changed:
+            if changed and self._left_nothing():
+                # It was refused before its first step.
+                self._write_stamp(stamp)
+            elif changed:
                 told = ", ".join(f"{k}: {old.get(k)!r} -> {stamp.get(k)!r}" for k in changed)
                 raise CheckpointError(
                     f"the stage '{self.label}' in {self.folder} was begun differently ({told}); "
                     f"run with --redo {shlex.quote(self.name)} to begin it anew"
                 )
-        elif self.hardware.is_main:
-            write_state(path, stamp)
+        else:
+            self._write_stamp(stamp)
+
+    def _write_stamp(self, stamp: dict[str, Any]) -> None:
+        if self.hardware.is_main:
+            write_state(self.folder / STAMP, stamp)
+
+    def _left_nothing(self) -> bool:
+        return all(file.name in {STAMP, "lock"} for file in self.folder.iterdir())
 
     def _read(self, path: Path) -> Any:
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 ROUNDS = 5
+LONGEST_FORWARD = 2.0  # seconds of a teacher's forward, above which no larger batch is tried
 
 
 def channels_last(net: nn.Module, view: Any) -> dict[str, float] | None:
@@ -47,6 +48,40 @@ def compiled(net: nn.Module, view: Any) -> dict[str, float]:
     _step(faster, view)
     seconds = time.perf_counter() - began
     return {"ratio": _ratio(faster, plain, view), "seconds": seconds}
+
+
+def labelling(net: nn.Module, view: Any, size: int) -> dict[str, float] | None:
+    """A teacher's forward a row, by rows at a time, beside `size` rows at a time.
+
+    Args:
+        net: of the teacher; only asked, without a gradient.
+        view: rows of its view, as many as may be tried at once.
+        size: rows of a question as it is now.
+
+    Returns:
+        `batch`, the quickest number of rows, and its `ratio` of the time of `size`; None when
+        the view cannot be cut into rows, or holds fewer.
+    """
+    if not isinstance(view, Tensor) or view.ndim == 0 or len(view) < size:
+        return None
+    sizes = sorted({s for s in (size // 4, size // 2, size, 2 * size, 4 * size) if s >= 1})
+    sizes = [s for s in sizes if s <= len(view)]
+    least = dict.fromkeys(sizes, float("inf"))
+    training = net.training
+    net.eval()
+    with torch.inference_mode():
+        for number in range(3):
+            for rows in list(sizes):
+                spent = _timed(lambda rows=rows: net(view[:rows]))  # type: ignore[misc]
+                if number:  # the first round warms up
+                    least[rows] = min(least[rows], spent / rows)
+                elif spent > LONGEST_FORWARD and rows >= size:
+                    sizes = [s for s in sizes if s <= rows]
+                    break
+    net.train(training)
+    tried = {rows: least[rows] for rows in sizes}
+    best = min(tried, key=lambda rows: tried[rows])
+    return {"batch": best, "ratio": tried[best] / tried[size]}
 
 
 def _ratio(one: nn.Module, other: nn.Module, view: Any) -> float:

@@ -90,6 +90,7 @@ def advice(
     device: str = "cpu",
     layout: Mapping[str, Any] | None = None,
     compiled: Mapping[str, Any] | None = None,
+    labelling: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """What would make the training faster, the largest lever first.
 
@@ -100,6 +101,7 @@ def advice(
         device: type of device.
         layout: of `engine.probe.channels_last`, when it was probed.
         compiled: of `engine.probe.compiled`, when it was probed.
+        labelling: of `engine.probe.labelling`, when the teacher was probed.
 
     Returns:
         Sentences; one that says so when nothing stands out.
@@ -113,6 +115,15 @@ def advice(
                 f"the teacher takes {share['teacher']:.0%} of a step: a store of its outputs "
                 f"would save about {store_saving:.0%} of the training (-o teacher.store=true; "
                 "with -o teacher.store.draws=4 where the data are augmented)",
+            )
+        )
+    if labelling and labelling["ratio"] < 0.9:
+        found.append(
+            (
+                (1 - labelling["ratio"]) * (store_saving or 0.0) / 2,
+                f"a store is captured quickest with {labelling['batch']} rows at a time: "
+                f"{labelling['ratio']:.2f} of the time a row in a short probe "
+                f"(-o teacher.store.batch={labelling['batch']})",
             )
         )
     if share["data"] > 0.15:

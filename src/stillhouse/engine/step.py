@@ -553,7 +553,8 @@ class Training:
             return sums
 
         combined = self.gradient(grads, params)
-        if self.hardware.world > 1 and terms:
+        if self.hardware.world > 1:
+            # Also where this process has no rows, and so no terms: the others wait for it.
             self._reduced([], [], terms)
         for parameter, value in zip(params, combined, strict=True):
             parameter.grad = None if value is None else value * scale

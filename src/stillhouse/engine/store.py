@@ -980,7 +980,7 @@ def _increasing(rows: Rows) -> bool:
 
 
 def _distinct(numbers: Rows) -> Rows:
-    """Sorted, each once; the first call of numpy's own imports what takes 30 ms."""
+    """Sorted, each once; numpy's own way imports, on its first call, what takes 30 ms."""
     ordered = np.sort(numbers)
     keep = np.ones(len(ordered), dtype=np.bool_)
     keep[1:] = ordered[1:] != ordered[:-1]

@@ -31,7 +31,7 @@ def by_rows(items: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """
     lead = rows[0].shape[:-1]
     size = block_of(rows[0])
-    if math.prod(lead) <= size or not _eager():
+    if math.prod(lead) <= size or not eager():
         return items(*rows)
     flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in rows]
     if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
@@ -53,7 +53,7 @@ def graph_is_kept() -> bool:
     return True if ask is None else bool(ask())
 
 
-def _eager() -> bool:
+def eager() -> bool:
     """Neither compiled nor under a transform of functions, which want to see the whole."""
     if torch.compiler.is_compiling():
         return False
@@ -103,8 +103,8 @@ def _block(
     asked = [x for x in part if x.requires_grad]
     with torch.enable_grad():
         values = items(*part)
-    ones = torch.ones_like(values)
-    found = iter(torch.autograd.grad(values, asked, ones, allow_unused=True))
+        total = values.sum()
+    found = iter(torch.autograd.grad(total, asked, allow_unused=True))
     for x, into in zip(part, grads):
         if into is not None:
             made = next(found)

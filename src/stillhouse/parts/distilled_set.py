@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from stillhouse.errors import CheckpointError, DataError
 from stillhouse.parts.matrices import ZCA
+from stillhouse.writing import write_atomic
 
 TENSORS = "distilled.safetensors"
 DESCRIPTION = "distilled.json"
@@ -281,11 +281,10 @@ class DistilledSet:
         from safetensors.torch import save
 
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         content = save({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()})
         description = {"sha256": hashlib.sha256(content).hexdigest(), **self.description()}
-        _write(target / TENSORS, content)
-        _write(target / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        write_atomic(target / TENSORS, content)
+        write_atomic(target / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
         return target
 
     @classmethod
@@ -457,12 +456,3 @@ def _preprocessing(
         stored = {k.removeprefix("zca."): v for k, v in tensors.items() if k.startswith("zca.")}
         return ZCA.from_tensors(stored)
     return MeanStd(tuple(description["mean"]), tuple(description["std"]))
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stillhouse.bench.statistics import Interval
+from stillhouse.metrics.statistics import Interval
 from stillhouse.report.reading import Points, finite
 
 WIDTH, HEIGHT = 420, 236

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stillhouse.bench.figures import number
 from stillhouse.report.charts import Matrix, reliability
 from stillhouse.report.charts import confusion as confusion_chart
 from stillhouse.report.content import Calibrated, Grid, Picture, words
+from stillhouse.report.figures import number
 from stillhouse.report.reading import RunRecord, number_of, rows_of
 
 MOST_IMAGE_BYTES = 8_000_000

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stillhouse.bench.figures import count, duration, number, share, size
 from stillhouse.report import details
 from stillhouse.report.content import Grid, Report, Time, words
 from stillhouse.report.curves import curves
+from stillhouse.report.figures import count, duration, number, share, size
 from stillhouse.report.reading import RunRecord, number_of, read_run
 from stillhouse.report.sides import Sides, milliseconds, tiles, time_to_target
 

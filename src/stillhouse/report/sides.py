@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from stillhouse.bench.figures import count, duration, number, share, with_interval
-from stillhouse.bench.statistics import Interval, interval, paired
+from stillhouse.metrics.statistics import Interval, interval, paired
 from stillhouse.report.charts import Strip, strip
 from stillhouse.report.content import Column, Tile, words
 from stillhouse.report.curves import same_score
+from stillhouse.report.figures import count, duration, number, share, with_interval
 from stillhouse.report.reading import RunRecord, finite, number_of
 
 TEACHER, ALONE, DISTILLED = "teacher", "alone", "distilled"

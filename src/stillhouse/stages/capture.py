@@ -43,6 +43,26 @@ def captured(
     return Captured(job, teacher, spec, split)
 
 
+def refuse_other_data(job: Job, spec: Any, split: str = "train") -> None:
+    """Refuse the folder of a store of other data before a teacher is trained to fill it.
+
+    Args:
+        job: of the run.
+        spec: the recipe's `teacher.store`.
+        split: whose samples would be asked about.
+
+    Raises:
+        TeacherError: the folder holds a store of other data.
+        CheckpointError: it holds a damaged one.
+    """
+    if spec.path is None:
+        return
+    path = Path(spec.path).expanduser()
+    if (path / "header.json").exists():
+        wanted = job.splits[split].fingerprint
+        Store.open(path).check(data=wanted, edition=job.splits.edition)
+
+
 class Captured:
     """A teacher that becomes a store when it learns, in `bind`, what is wanted of it.
 
@@ -317,4 +337,4 @@ def _hash(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-__all__ = ["Captured", "captured", "ids_of", "splits_of"]
+__all__ = ["Captured", "captured", "ids_of", "refuse_other_data", "splits_of"]

@@ -84,11 +84,12 @@ class Embedding(Task):
             )
 
     def example_view(self, view: str = "x") -> Any:
-        """Two rows of the training data."""
+        """Two rows of the training data; of texts where there is no other view."""
         split = "train" if "train" in self.splits else next(iter(self.splits))
         source = self.splits[split]
         rows = torch.arange(min(2, len(source)))
-        return read_rows(source, rows, None, self.collate).view(view)
+        batch = read_rows(source, rows, None, self.collate)
+        return batch.view("text" if view == "x" and "x" not in batch else view)
 
     def predictor(self, net: Net) -> Predictor:
         """Vectors of texts or arrays."""

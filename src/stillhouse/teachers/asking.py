@@ -51,7 +51,8 @@ class Patience:
 
     Attributes:
         attempts: tries per request, > 0.
-        first: seconds before the second try; doubled for each further one.
+        quick: most seconds before the second try: a single failure is mostly chance.
+        first: seconds that back-off begins with; doubled for each further failure.
         longest: most seconds between two tries, Retry-After excepted.
         unreachable: tries before giving up on an address that has never answered.
         lost: requests in a row that use up their tries before all asking stops.
@@ -59,6 +60,7 @@ class Patience:
     """
 
     attempts: int = 12
+    quick: float = 0.02
     first: float = 0.5
     longest: float = 60.0
     unreachable: int = 4
@@ -71,6 +73,8 @@ class Patience:
         Exponential back-off with jitter in [1/2, 1); never less than the server asked.
         """
         backoff = min(self.longest, self.first * 2.0 ** (attempt - 1))
+        if attempt == 1:
+            backoff = min(backoff, self.quick)
         digest = hashlib.blake2b(f"{self.seed}:{key}:{attempt}".encode(), digest_size=8)
         share = 0.5 + int.from_bytes(digest.digest(), "little") / 2.0**65
         return max(backoff * share, after or 0.0)

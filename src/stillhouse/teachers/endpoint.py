@@ -31,6 +31,8 @@ from stillhouse.teachers import asking
 from stillhouse.teachers.asking import Bucket, Estimate, Patience, Question, Tally, TryAgain
 
 _PASSING = frozenset({408, 409, 425, 429})
+_CROWDED = frozenset({429, 503})
+_ROOM = 0.5  # seconds
 _QUOTA = "insufficient_quota"
 
 
@@ -274,7 +276,10 @@ class Endpoint:
         said = self._clean(content.decode("utf-8", "replace"))[:300].strip()
         passing = status in _PASSING or status >= 500
         if passing and not (status == 429 and _QUOTA in said):
-            raise TryAgain(f"HTTP {status}", after=_retry_after(headers.get("Retry-After")))
+            after = _retry_after(headers.get("Retry-After"))
+            if after is None and status in _CROWDED:
+                after = _ROOM  # asked for patience without saying how much
+            raise TryAgain(f"HTTP {status}", after=after)
         raise TeacherError(
             f"{self.base_url} refused a request for good: HTTP {status}"
             f"{_ADVICE.get(status, '')}. It said: {said or '(nothing)'}"

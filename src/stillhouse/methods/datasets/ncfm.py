@@ -1094,10 +1094,12 @@ class NCFM(PixelDistillation):
                 "same time beyond pixels, networks and real images; images through a network, "
                 "without and with gradient. The pool's training "
                 f"({about['seconds']['pool']:.1f} s, shared between runs) comes before. Memory "
-                "does not grow with the number of iterations, since nothing is unrolled; the "
-                "paper's factors compare with unrolled trajectories of networks eight times as "
-                "wide on a GPU. The released sizes are run by this program, whose gradient is "
-                "taken at the present pixels; the released one decodes ahead in ten threads."
+                "does not grow with the number of inner steps, since nothing is unrolled. The "
+                "paper's factors (20 in time, 300 in memory) compare with unrolled trajectories at "
+                "their published sizes on a GPU; benchmarks/run.py E7 makes that comparison in one "
+                "engine, on equal networks and data. The released sizes are run by this program, "
+                "whose gradient is taken at the present pixels; the released one keeps ten decoded "
+                "batches ahead of them."
             ),
         }
 

@@ -408,6 +408,10 @@ class DHO(StudentTraining):
         "single-head": Variant(
             set={"heads": "single"}, about="labels and teacher on one head: the conflict"
         ),
+        "single-head-labels": Variant(
+            set={"heads": "single", "balance": 0.8},
+            about="labels and teacher on one head, the labels weighing four times as much",
+        ),
         "single-pseudo": Variant(
             set={"heads": "single", "targets": "hard", "kd_labelled": False},
             about="one head; the teacher's first choice as label of unlabelled images",
@@ -430,6 +434,12 @@ class DHO(StudentTraining):
     }
     claims: ClassVar[list[Claim]] = [
         Claim("two heads beat one with both losses", "accuracy", "dho", "dho/single-head"),
+        Claim(
+            "two heads beat one that weighs the labels more",
+            "accuracy",
+            "dho",
+            "dho/single-head-labels",
+        ),
         Claim("beats the few labels alone", "accuracy", "dho", "dho/labels-only"),
         Claim("beats the teacher's opinion alone", "accuracy", "dho", "dho/teacher-only"),
         Claim(
@@ -678,12 +688,11 @@ def _accuracy(logits: Tensor, target: Tensor) -> float:
 def _map_of(told: Mapping[str, Any]) -> dict[str, Any]:
     """Validation accuracy at every point of the grid, in percent."""
     grid = told["grid"]
-    shown = [f"{alpha:g}" for alpha in grid["alphas"]]
-    lines = zip(grid["betas"], told["shares"], strict=True)
+    lines = zip(grid["alphas"], zip(*told["shares"], strict=True), strict=True)
     return {
-        "title": "Accuracy on validation data by alpha (columns) and beta (rows), percent",
-        "columns": ["beta", *shown],
-        "rows": [[f"{beta:g}", *(f"{100 * v:.1f}" for v in line)] for beta, line in lines],
+        "title": "Accuracy on validation data by alpha (rows) and beta (columns), percent",
+        "columns": ["alpha", *(f"{beta:g}" for beta in grid["betas"])],
+        "rows": [[f"{alpha:g}", *(f"{100 * v:.1f}" for v in line)] for alpha, line in lines],
     }
 
 

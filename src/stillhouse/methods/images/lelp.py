@@ -31,6 +31,9 @@ Stage C, with the student's joint logits g; stage D predicts
 S = 1 is knowledge distillation. Source: arXiv 2409.20449, sections 3.1-3.3. No code is published;
 the algebra of centring and scaling, the grouping by the teacher's prediction and the student's
 temperature are reconstructed, each an option. Controls of the same width are settings of `split`.
+
+Any teacher with a linear last layer serves: a module (`stillhouse.distill(teacher, student, train,
+method="lelp")`), its store, or exported embeddings, weight and bias (`from_arrays`).
 """
 
 from __future__ import annotations

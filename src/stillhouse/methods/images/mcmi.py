@@ -280,6 +280,7 @@ class MCMI(Method):
             ("smoothed-teacher?", "train"),
             ("meter", "closed"),
             ("temperature?", "train"),
+            ("capture?", "capture"),
             ("student?", "train"),
             ("students?", "train"),
         ),
@@ -361,9 +362,16 @@ class MCMI(Method):
             0.1,
             gt=0,
             lt=1,
-            description="how far validation accuracy may fall below that before tuning; below it "
-            "the tuning ends and goes back to its last state above it. None: no floor",
+            description="how far validation accuracy may fall below that before tuning; where it "
+            "stays below, the tuning ends and goes back to its last state above. None: no floor",
             json_schema_extra={"source": "chosen here: 10 points"},
+        )
+        patience: int = Field(
+            3,
+            ge=1,
+            description="epochs in a row below the floor that end the tuning: at the published "
+            "learning rate the first ones dip, with any weight",
+            json_schema_extra={"source": "chosen here"},
         )
         centroid_mode: Literal["train", "eval"] = Field(
             "train",
@@ -534,7 +542,7 @@ class MCMI(Method):
         artifact: Artifact = job.model_artifact(student)
         artifact.attachments["teacher"] = taught
         for name, seen in self.config.students.items():
-            further = self._further(job, name, seen, teacher, told["temperature"])
+            further = self._further(job, name, seen, net, told["temperature"])
             artifact.attachments[name] = job.model_artifact(further)
         artifact.meta["mcmi"] = told
         return artifact
@@ -730,7 +738,7 @@ class MCMI(Method):
         keep: Last | Best | Above = Best("accuracy") if config.keep == "best" else Last()
         if config.keep == "last" and config.floor is not None:
             before = job.evaluate(net, "val")["accuracy"]
-            keep = Above(before - config.floor, "accuracy")
+            keep = Above(before - config.floor, "accuracy", patience=config.patience)
         share = self._share(
             job,
             net,
@@ -832,13 +840,12 @@ class MCMI(Method):
         job.fit("student", objective, job.order("train"), teacher=teacher)
         return objective.export()
 
-    def _further(
-        self, job: Job, name: str, seen: Seen, teacher: Teacher, temperature: float
-    ) -> nn.Module:
+    def _further(self, job: Job, name: str, seen: Seen, net: Net, temperature: float) -> nn.Module:
         """A further student, on the part of the data that it is to see."""
         child = job.child("students", name)
         child.task = type(job.task)(self._seen_splits(job, name, seen))
-        return self._student(child, teacher, temperature)
+        # Asked anew, for where its answers are stored, these are those on other rows.
+        return self._student(child, child.teaching(net), temperature)
 
     def _seen_splits(self, job: Job, name: str, seen: Seen) -> Splits:
         return narrowed(
@@ -856,6 +863,8 @@ class MCMI(Method):
         figures = dict(job.task.judge(job, artifact.module, "test"))
         told = artifact.meta["mcmi"]["figures"]
         figures.update({k: v for k, v in told.items() if k in _TOLD})
+        if "weight" in artifact.meta["mcmi"]:
+            figures["tuning_stopped"] = float("stopped" in artifact.meta["mcmi"])
         taught = artifact.attachments.get("teacher")
         if taught is None:
             return figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from stillhouse.bench.statistics import Interval
+from stillhouse.metrics.statistics import Interval
 
 NONE = "–"
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from stillhouse.bench.statistics import (
+from stillhouse.errors import StillhouseError
+from stillhouse.metrics.statistics import (
     Interval,
     interval,
     paired,
@@ -12,7 +13,6 @@ from stillhouse.bench.statistics import (
     t_quantile,
     verdict,
 )
-from stillhouse.errors import StillhouseError
 
 
 def between(low, high):
