@@ -294,6 +294,7 @@ class RecipeModels:
         from stillhouse.stages.supervised import train_supervised
 
         share = {
+            "path": job.path,  # the initial weights are drawn by it
             "model": spec.model,
             "options": spec.options,
             "weights": spec.weights,
