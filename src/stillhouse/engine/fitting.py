@@ -301,8 +301,9 @@ def run_fit(job: Job, name: str, objective: Objective, data: Order, **given: Any
     objective.eval()
     job._done(stage)
     return Fit(
-        steps=result["steps"],
-        stopped=result["stopped"],
+        # Shared results of before trainings could end early do not hold these two.
+        steps=result.get("steps", total),
+        stopped=result.get("stopped", ""),
         scores=result["scores"],
         best_step=result["best_step"],
         snapshots=[stage.folder / "snapshots" / s for s in result["snapshots"]],
