@@ -61,5 +61,9 @@ def measure(bench: Bench) -> Row:
         }
         for name, rounds in found.items()
     ]
+    row.notes.append(
+        "The floor of both is the encoder's forward and backward, the same operations in the same "
+        "torch; what differs is collation, the reading of vectors, the optimiser and the log."
+    )
     row.versions = bench.versions(peer, "sentence-transformers", "datasets", "transformers")
     return row
