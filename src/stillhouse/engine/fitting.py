@@ -141,7 +141,9 @@ class _Selection:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stopped, self.done, self.below = state["stopped"], state["done"], state["below"]
+        # Checkpoints of before trainings could end early do not hold these three.
+        self.stopped, self.done = state.get("stopped", ""), state.get("done", 0)
+        self.below = state.get("below", 0)
         self.training.load_state_dict(state["training"])
         self.scores, self.best = state["scores"], state["best"]
         self.best_step, self.snapshots = state["best_step"], state["snapshots"]
