@@ -14,23 +14,23 @@ import stillhouse as still
 
 marks = Marks()
 train, test = sources()
-steps, reads = -(-SENTENCES // BATCH), [0]
-read = train.read
+steps, asked = -(-SENTENCES // BATCH), [0]
+net = student()
 
 
-def timed(rows, views):
-    """Notes when an epoch's first batch is read."""
-    if len(rows) == BATCH and reads[0] % steps == 0:
-        marks()
-    reads[0] += len(rows) == BATCH
-    return read(rows, views)
+def timed(module, _):
+    """Notes when an epoch's first batch reaches the student; several may be read at once."""
+    if module.training:
+        if asked[0] % steps == 0:
+            marks()
+        asked[0] += 1
 
 
-train.read = timed
+net.register_forward_pre_hook(timed)
 with tempfile.TemporaryDirectory() as folder:
     result = still.distill(
         still.teacher(Path(sys.argv[1]) / "train" / sys.argv[2]),
-        student(),
+        net,
         train,
         test=test,
         method="embedding-l2",
