@@ -9,7 +9,9 @@ from stillhouse.bench import results as recorded
 from stillhouse.bench import runner
 from stillhouse.bench.runner import run, side_names
 from stillhouse.errors import CheckpointError, RecipeError, TrainingError
+from stillhouse.launch import side_recipe
 from stillhouse.method import Claim
+from stillhouse.recipe import load_recipe
 
 SOURCE = '''
 from stillhouse.method import Card, Claim, Method, MethodConfig, Variant
@@ -182,6 +184,15 @@ def test_settings_of_a_side_rerun_that_side_alone(toy):
     tuned = {**RECIPE, "sides": {"bench-other": {"y": 1}}}
     run("bench-toy", seeds=2, recipe=tuned, run_side=again, say=quiet)
     assert {side for side, _ in again.calls} == {"bench-other"}
+
+
+def test_settings_of_a_side_win_over_its_variant_and_over_shared_ones():
+    example = catalogue.load("kd").example(0)
+    settings = {**example.get("settings", {}), "temperature": 2.0}
+    tuned = {"kd/jsd": {"temperature": 7.0}}
+    recipe = load_recipe({**example, "settings": settings, "sides": tuned})
+    assert side_recipe(recipe, "kd/jsd", 0).settings["temperature"] == 7.0
+    assert side_recipe(recipe, "kd/reverse", 0).settings["temperature"] == 2.0
 
 
 def test_a_wrong_setting_of_a_side_is_told_before_anything_runs(toy):
