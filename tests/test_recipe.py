@@ -62,6 +62,10 @@ def test_given_comparisons_are_kept() -> None:
     assert load_recipe({**PLAIN, "compare": []}).compare == []
 
 
+def test_a_methods_own_settings_are_no_settings_of_a_side() -> None:
+    assert "stand under `settings`" in refused({**PLAIN, "sides": {"kd": {"alpha": 0.5}}})
+
+
 def test_dump_reads_back_equal_and_holds_every_field() -> None:
     recipe = load_recipe(PLAIN, ["teacher.store.form=topk", "teacher.train.epochs=2"])
     written = yaml.safe_load(dump_recipe(recipe))
@@ -227,6 +231,8 @@ def test_every_mistake_is_told_with_its_line_what_is_right_and_the_nearest_name(
         ({"data": "digit"}, "data.name: unknown data set 'digit'", "'digits'"),
         ({"compare": ["supervized"]}, "compare.0: unknown entry 'supervized'", "'supervised'"),
         ({"compare": ["kd/revers"]}, "compare.0: 'kd' has no variant 'revers'", "'reverse'"),
+        ({"sides": {"supervized": {}}}, "sides.supervized: unknown entry", "'supervised'"),
+        ({"sides": {"kd/revers": {}}}, "sides.kd/revers: 'kd' has no variant", "'reverse'"),
         ({"variant": "revers"}, "variant: 'kd' has no variant 'revers'", "'reverse'"),
     ],
 )

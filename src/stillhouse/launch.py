@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +43,7 @@ from stillhouse.recipe import (
     differences,
     dump_recipe,
     load_recipe,
+    settings_of,
 )
 from stillhouse.recipe_models import Given, RecipeModels, open_method
 from stillhouse.summary import Side, summary_of
@@ -238,6 +239,7 @@ def side_recipe(recipe: Recipe, side: str, seed: int) -> Recipe:
         if "steps" in changes or "epochs" in changes:
             changes = {"steps": None, "epochs": None, **changes}
         budget = budget.model_copy(update=changes)
+    settings.update(recipe.sides.get(side, {}))
     return recipe.model_copy(
         update={
             "method": name,
@@ -247,8 +249,24 @@ def side_recipe(recipe: Recipe, side: str, seed: int) -> Recipe:
             "seed": seed,
             "seeds": 1,
             "compare": [],
+            "sides": {},
         }
     )
+
+
+def check_sides(recipe: Recipe, sides: Iterable[str]) -> None:
+    """Refuse settings that a side of a comparison does not know, before anything is trained.
+
+    Args:
+        recipe: of the method.
+        sides: names as in `side_recipe`.
+
+    Raises:
+        RecipeError: an unknown setting, wrong type or range, with its line.
+    """
+    for side in sides:
+        chosen = side_recipe(recipe, side, recipe.seed)
+        settings_of(chosen, catalogue.load(chosen.method).Config, ("sides", side))
 
 
 def run_side(
@@ -415,6 +433,7 @@ def run(
     Raises:
         StillhouseError: told before any training where possible.
     """
+    check_sides(recipe, {*recipe.compare, *recipe.sides})
     folder = Path(folder) if folder is not None else default_folder(recipe)
     with full_disk_told(folder):
         return _run(recipe, tuple(redo or ()), folder, progress, given or Given(), profiled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stillhouse.engine.log import RunLog
-from stillhouse.launch import default_folder, open_job, open_splits
+from stillhouse.launch import check_sides, default_folder, open_job, open_splits
 from stillhouse.method import Method, StudentTraining
 from stillhouse.net import Net
 from stillhouse.recipe import (
@@ -27,6 +27,7 @@ def plan(recipe: Recipe, *, given: Given | None = None) -> dict[str, Any]:
     """What a run would do, without doing it: data, shapes, parameters, stages, steps."""
     given = given or Given()
     method = open_method(recipe)
+    check_sides(recipe, {*recipe.compare, *recipe.sides})
     splits = open_splits(recipe, given)
     task = open_task(str(recipe.task), splits)
     job = open_job(recipe, default_folder(recipe), given=given, task=task, log=RunLog(None))

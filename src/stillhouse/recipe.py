@@ -410,6 +410,11 @@ class Recipe(Section):
         description="entries run beside the method on the same data, such as supervised "
         "(the default of student trainings)",
     )
+    sides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="settings of what this method is compared with, by the side's name, such as "
+        "`dm/mosaic: {lr_img: 10}`: what its own tuning found",
+    )
     hardware: HardwareSpec = Field(
         default_factory=lambda: HardwareSpec(), description="where it computes"
     )
@@ -699,6 +704,16 @@ def _unknown_names(recipe: Recipe) -> Iterable[str]:
         elif variant and variant not in known[name].variants:
             what = f"'{name}' has no variant '{variant}'"
             yield _place(recipe, f"compare.{index}", what, variant, known[name].variants)
+    for side in recipe.sides:
+        name, _, variant = side.partition("/")
+        if name not in known:
+            yield _place(recipe, f"sides.{side}", f"unknown entry '{name}'", name, known)
+        elif side == recipe.method:
+            what = f"the settings of '{name}' itself stand under `settings`"
+            yield f"{recipe.where(f'sides.{side}')}: sides.{side}: {what}"
+        elif variant and variant not in known[name].variants:
+            what = f"'{name}' has no variant '{variant}'"
+            yield _place(recipe, f"sides.{side}", what, variant, known[name].variants)
     tasks, sets = catalogue.task_names(), catalogue.data_names()
     task, data = recipe.task, recipe.data.name
     if task is not None and ":" not in task and task not in tasks:
@@ -731,8 +746,15 @@ def _spell_variant(recipe: Recipe, entry: catalogue.Entry) -> None:
     recipe.budget = BudgetSpec.model_validate({**own, **given})
 
 
-def settings_of(recipe: Recipe, config: type[Name]) -> Name:
+def settings_of(
+    recipe: Recipe, config: type[Name], within: tuple[str, ...] = ("settings",)
+) -> Name:
     """The method's settings, validated by its `Config`, with the recipe's lines in errors.
+
+    Args:
+        recipe: whose settings.
+        config: of its method.
+        within: where the user wrote them; of a side of a comparison ("sides", NAME).
 
     Raises:
         RecipeError: unknown setting, wrong type or range.
@@ -740,7 +762,7 @@ def settings_of(recipe: Recipe, config: type[Name]) -> Name:
     try:
         return config.model_validate(recipe.settings)
     except ValidationError as error:
-        text = explain(error, config, recipe._origin, ("settings",))
+        text = explain(error, config, recipe._origin, within)
         raise RecipeError(text) from None
 
 

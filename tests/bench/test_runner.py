@@ -9,10 +9,12 @@ from stillhouse.bench import results as recorded
 from stillhouse.bench import runner
 from stillhouse.bench.runner import run, side_names
 from stillhouse.errors import CheckpointError, RecipeError, TrainingError
+from stillhouse.launch import side_recipe
 from stillhouse.method import Claim
+from stillhouse.recipe import load_recipe
 
 SOURCE = '''
-from stillhouse.method import Card, Claim, Method, Variant
+from stillhouse.method import Card, Claim, Method, MethodConfig, Variant
 
 class Toy(Method):
     """A toy."""
@@ -22,8 +24,13 @@ class Toy(Method):
         Claim("beats the other", "accuracy", "bench-toy", "bench-other"),
         Claim("the variant matters", "accuracy", "bench-toy", "bench-toy/plain", "higher", 0.5),
     ]
+    class Config(MethodConfig):
+        x: int = 0
 
 class Other(Method):
+    class Config(MethodConfig):
+        y: int = 0
+
     card = Card(id="bench-other", title="Other", summary="For tests.", kind="baseline")
 '''
 
@@ -169,6 +176,31 @@ def test_other_settings_rerun_the_method_and_not_its_baselines(toy):
     tuned = {**RECIPE, "settings": {"x": 1}}
     run("bench-toy", seeds=2, recipe=tuned, run_side=again, say=quiet)
     assert {side for side, _ in again.calls} == {"bench-toy", "bench-toy/plain"}
+
+
+def test_settings_of_a_side_rerun_that_side_alone(toy):
+    run("bench-toy", seeds=2, recipe=RECIPE, run_side=Runs(), say=quiet)
+    again = Runs()
+    tuned = {**RECIPE, "sides": {"bench-other": {"y": 1}}}
+    run("bench-toy", seeds=2, recipe=tuned, run_side=again, say=quiet)
+    assert {side for side, _ in again.calls} == {"bench-other"}
+
+
+def test_settings_of_a_side_win_over_its_variant_and_over_shared_ones():
+    example = catalogue.load("kd").example(0)
+    settings = {**example.get("settings", {}), "temperature": 2.0}
+    tuned = {"kd/jsd": {"temperature": 7.0}}
+    recipe = load_recipe({**example, "settings": settings, "sides": tuned})
+    assert side_recipe(recipe, "kd/jsd", 0).settings["temperature"] == 7.0
+    assert side_recipe(recipe, "kd/reverse", 0).settings["temperature"] == 2.0
+
+
+def test_a_wrong_setting_of_a_side_is_told_before_anything_runs(toy):
+    runs = Runs()
+    tuned = {**RECIPE, "sides": {"bench-other": {"z": 1}}}
+    with pytest.raises(RecipeError, match=r"sides\.bench-other\.z"):
+        run("bench-toy", seeds=1, recipe=tuned, run_side=runs, say=quiet)
+    assert runs.calls == []
 
 
 def test_chosen_sides(toy):

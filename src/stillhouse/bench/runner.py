@@ -28,7 +28,7 @@ from stillhouse.recipe import Recipe, load_recipe, recipe_ids
 
 SCORE = "score.json"
 # What a recipe says that a side's figures do not depend on, or that the bench itself sets.
-_APART = ("output", "seed", "seeds", "compare")
+_APART = ("output", "seed", "seeds", "compare", "sides")
 
 
 class RunSide(Protocol):
@@ -104,6 +104,9 @@ def run(
         raise RecipeError(f"a bench needs one seed at least, not {seeds}")
     claims = list(method.claims)
     names = side_names(method_id, claims, sides)
+    from stillhouse.launch import check_sides
+
+    check_sides(chosen, [name for name in {*names, *chosen.sides} if name != recorded.TEACHER])
     home = Path(folder) if folder is not None else Path("runs") / "bench" / method_id
     contest = [_side(name, chosen, home) for name in names]
     path = Path(results_folder or "results") / f"{method_id}.json"
@@ -208,6 +211,8 @@ def _side(name: str, recipe: Recipe, home: Path) -> Side:
         for key in ("method", "variant"):
             said.pop(key, None)
         said["settings"] = catalogue.shared_settings(recipe.method, entry_id, recipe.settings)
+    if name in recipe.sides:
+        said["own"] = recipe.sides[name]
     stamp = stamp_of([name, said, file_hash(catalogue.find(entry_id).file)])
     slug = re.sub(r"[^\w.-]+", "--", name)
     return Side(name, stamp, home / f"{slug}-{stamp[:8]}")
