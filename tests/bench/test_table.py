@@ -76,6 +76,16 @@ def test_stale_results_are_marked(tmp_path):
     assert "2030-01-02 (stale)" in page
 
 
+def test_a_further_case_of_a_method_is_told_by_its_data(tmp_path):
+    first, further = measured(), measured()
+    further.data = [{"name": "subj", "edition": "subj (real)", "hash": "abc"}]
+    recorded.write(first, tmp_path / "ours.json")
+    recorded.write(further, tmp_path / "text" / "ours.json")
+    page = table.markdown(table.read_all(tmp_path), {"ours": "h1"})
+    assert page.index("## ours\n") < page.index("## ours on subj\n")
+    assert "| ours on subj | 1 | 0 | 0 |" in page
+
+
 def test_written_from_a_folder(tmp_path):
     for name in ("zeta", "alpha"):
         recorded.write(measured(name), tmp_path / "results" / f"{name}.json")

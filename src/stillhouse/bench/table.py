@@ -22,19 +22,20 @@ weights, batches and steps. *Stale* means that the method's file has changed sin
 
 
 def read_all(folder: Path | str) -> list[Results]:
-    """All results in a folder, by method.
+    """All results in a folder, by method; those of folders inside it are further cases.
 
     Raises:
         CheckpointError: one of them is damaged.
     """
-    return [recorded.read(path) for path in sorted(Path(folder).glob("*.json"))]
+    paths = sorted(Path(folder).rglob("*.json"), key=lambda path: (path.name, len(path.parts)))
+    return [recorded.read(path) for path in paths]
 
 
 def markdown(found: Sequence[Results], hashes: Mapping[str, str] | None = None) -> str:
     """The page.
 
     Args:
-        found: results, one a method.
+        found: results, those of one method behind each other.
         hashes: file hash of each method as it is now; a method that is not in it is not
             called stale. None: as the catalogue has them.
     """
@@ -45,7 +46,8 @@ def markdown(found: Sequence[Results], hashes: Mapping[str, str] | None = None) 
             name: recorded.file_hash(entry.file) for name, entry in catalogue.entries().items()
         }
     parts = [HEAD, _overview(found, hashes)]
-    parts += [_section(results, _is_stale(results, hashes)) for results in found]
+    for results, title in zip(found, _titles(found), strict=True):
+        parts.append(_section(results, title, _is_stale(results, hashes)))
     return "\n".join(part for part in parts if part)
 
 
@@ -62,6 +64,16 @@ def write(folder: Path | str = "results", out: Path | str = "docs/results.md") -
     return place
 
 
+def _titles(found: Sequence[Results]) -> list[str]:
+    """The method of each; a further case of it is told by its data."""
+    titles: list[str] = []
+    for results in found:
+        data = " and ".join(dict.fromkeys(str(d.get("name") or "") for d in results.data))
+        again = results.method in titles
+        titles.append(f"{results.method} on {data}" if again else results.method)
+    return titles
+
+
 def _is_stale(results: Results, hashes: Mapping[str, str]) -> bool:
     return hashes.get(results.method, results.file_hash) != results.file_hash
 
@@ -73,19 +85,19 @@ def _overview(found: Sequence[Results], hashes: Mapping[str, str]) -> str:
         "| method | supported | not supported | inconclusive | measured |",
         "|---|--:|--:|--:|---|",
     ]
-    for results in found:
+    for results, title in zip(found, _titles(found), strict=True):
         counts = [
             sum(claim["verdict"] == verdict for claim in results.claims)
             for verdict in ("supported", "not supported", "inconclusive")
         ]
         mark = " (stale)" if _is_stale(results, hashes) else ""
-        cells = [_cell(results.method), *map(str, counts), _cell(results.date[:10] + mark)]
+        cells = [_cell(title), *map(str, counts), _cell(results.date[:10] + mark)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _section(results: Results, stale: bool) -> str:
-    lines = [f"## {_cell(results.method)}{' (stale)' if stale else ''}", ""]
+def _section(results: Results, title: str, stale: bool) -> str:
+    lines = [f"## {_cell(title)}{' (stale)' if stale else ''}", ""]
     data = ", ".join(
         dict.fromkeys(str(d.get("edition") or d.get("name") or "") for d in results.data)
     )
