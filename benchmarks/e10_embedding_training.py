@@ -35,7 +35,7 @@ def measure(bench: Bench) -> Row:
     theirs = [peer, sides / "e10_peer.py", home / "peer"]
     found = bench.interleaved(
         {"ours": stores["ours"], "peer": theirs, "tokenised": [*theirs, "tokenised"]},
-        3,
+        2,
         env=env,
         warm=False,
     )
