@@ -7,7 +7,7 @@ from contest import HOME, Bench, Row, ratios
 ROW = "E6"
 ABOUT = """Divergences over large vocabularies: memory and time
 Loss and gradient of 512 tokens (one in eight masked) of width 512 over 32,000 and 128,256
-classes, float32, one thread: ours under `losses.chunked` with 64 tokens at a time, TRL's dense
+classes, float32, one thread: ours under `losses.chunked` with 128 tokens at a time, TRL's dense
 divergence, the chunked loss of its stable trainer, Liger's chunked loss without compilation.
 Memory is the most that one forward and backward adds to the resident set, the gradients of the
 heads included; a process of its own for each."""

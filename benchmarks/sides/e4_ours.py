@@ -82,7 +82,7 @@ def stored(home: Path, dtype: str) -> dict[str, float]:
     cached, asked.seconds = [], []
     for number in range(3):
         place = home / f"{dtype}-{number}"
-        store = {"path": str(place / "store"), "dtype": dtype, "batch": 256}
+        store = {"path": str(place / "store"), "dtype": dtype, "batch": 128}
         epochs = run(place, store, 1 if number else EPOCHS)
         cached = cached or epochs
     lines = map(json.loads, (place / "log.jsonl").read_text().splitlines())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-TOKENS, WIDTH, CHUNK, REPEATS = 512, 512, 64, 2
+TOKENS, WIDTH, CHUNK, REPEATS = 512, 512, 128, 2
 
 
 class Case:
