@@ -62,9 +62,7 @@ def to_records(message: Message, **header: str | int) -> Any:
     app = flower()
     shape, tensors = take_apart(dict(message))
     arrays = app.ArrayRecord({name: _to_array(tensor) for name, tensor in tensors.items()})
-    return app.RecordDict(
-        {CONTENT: arrays, HEADER: app.ConfigRecord({"shape": shape, **header})}
-    )
+    return app.RecordDict({CONTENT: arrays, HEADER: app.ConfigRecord({"shape": shape, **header})})
 
 
 def from_records(records: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,51 +138,55 @@ class FlowerTransport:
     """Rounds over a Flower grid (see `federation.Transport`).
 
     Which node is which client the nodes say themselves, when they are asked: so a client keeps
-    its id, and with it its data and random draws, whatever node it comes back as.
+    its id, and with it its data and random draws, whatever node it comes back as. A simulated
+    node, which knows its number only, is the client of that number in `names`.
 
     Args:
         grid: of the server app.
-        run: name of the run, under which clients remember; the same after a restart.
-        recipe: what clients compare their own recipe with before they answer.
-        timeout: seconds within which a round is answered by all; also how long is waited for
+        names: of all clients, in the fixed order of the method.
+        recipe: what clients compare their own recipe with before they answer; see `told_recipe`.
+        timeout: seconds within which an exchange is answered by all; also how long is waited for
             clients that are not there yet.
         pause: seconds between two looks for replies, at most.
 
     Attributes:
-        answered: client to the last round whose reply this server holds; part of its checkpoint.
         nodes: client to Flower's id of its node, as last seen.
         spare: nodes that are no client of this run.
+
+    Raises:
+        RecipeError: times that are not above 0.
     """
 
     def __init__(
-        self, grid: Any, run: str, *, recipe: str = "", timeout: float = 3600.0, pause: float = 1.0
+        self,
+        grid: Any,
+        names: Sequence[str],
+        *,
+        recipe: str = "",
+        timeout: float = 3600.0,
+        pause: float = 1.0,
     ) -> None:
         if timeout <= 0 or pause <= 0:
             raise RecipeError(f"timeout and pause must be above 0, not {timeout} and {pause}")
-        self.grid, self.run, self.recipe = grid, run, recipe
+        self.grid, self.names, self.recipe = grid, list(names), recipe
         self.timeout, self.pause = float(timeout), float(pause)
-        self.answered: dict[str, int] = {}
         self.nodes: dict[str, int] = {}
         self.spare: set[int] = set()
         self._greeted: dict[str, int] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into the server's checkpoint of a round."""
-        return {"answered": dict(self.answered)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.answered = {str(name): int(number) for name, number in state["answered"].items()}
-
     def round(self, number: int, message: Message, clients: Sequence[str]) -> dict[str, Message]:
-        """The replies of `clients`, by id and in their order, in round `number`.
+        """The replies of `clients`, by id and in their order, in exchange `number`.
 
         A client whose node goes away is asked again where it comes back.
 
         Raises:
+            RecipeError: a client that does not exist, told before any is asked.
             FederationError: a client is not there, or does not answer, within the timeout.
             StillhouseError: a client says why it cannot answer.
         """
+        for name in clients:
+            if name not in self.names:
+                raise RecipeError(f"no client '{name}'{nearest(name, self.names)}")
         until, wait = time.monotonic() + self.timeout, _Pauses(self.pause)
         records, troubles = to_records(message), dict[str, str]()
         replies: dict[str, Message] = {}
@@ -197,29 +199,23 @@ class FlowerTransport:
             missing = [name for name in clients if name not in replies]
             if missing:
                 wait()
-        self.answered.update(dict.fromkeys(clients, number))
         return {name: replies[name] for name in clients}
 
     def _letter(self, records: Any, number: int, client: str) -> Any:
         app = flower()
-        header = dict(records[HEADER]) | {
-            "run": self.run,
-            "round": number,
-            "client": client,
-            "after": self.answered.get(client, -1),
-            "recipe": self.recipe,
-        }
-        content = app.RecordDict({CONTENT: records[CONTENT], HEADER: app.ConfigRecord(header)})
+        told = {"exchange": number, "client": client, "recipe": self.recipe}
+        header = app.ConfigRecord({**records[HEADER], **told})
+        content = app.RecordDict({CONTENT: records[CONTENT], HEADER: header})
         return app.Message(content, self.nodes[client], ASK, ttl=self.timeout, group_id=str(number))
 
     def _opened(self, client: str, number: int, records: Any) -> Message:
         _raise_if_error(client, records)
         reply, header = from_records(records)
-        told = (header.get("run"), header.get("round"), header.get("client"))
-        if told != (self.run, number, client):
+        told = (header.get("exchange"), header.get("client"))
+        if told != (number, client):
             raise FederationError(
-                f"client '{client}' was asked round {number} of run '{self.run}' and replied "
-                f"to round {told[1]} of run '{told[0]}' as '{told[2]}'"
+                f"client '{client}' was asked exchange {number} and replied to exchange "
+                f"{told[0]} as '{told[1]}'"
             )
         return reply
 
@@ -261,8 +257,8 @@ class FlowerTransport:
                 self._trouble(f"at node {node}", reply.error, {})
                 continue
             _raise_if_error(f"at node {node}", reply.content)
-            name = str(reply.content[HEADER]["client"])
-            if not name:
+            name = self._named(dict(reply.content[HEADER]))
+            if name is None:
                 self.spare.add(node)
             elif self.nodes.setdefault(name, node) != node:
                 raise FederationError(
@@ -270,13 +266,28 @@ class FlowerTransport:
                     f"--node-config 'client=\"NAME\"'"
                 )
 
+    def _named(self, header: dict[str, Any]) -> str | None:
+        """Which client a node is by what it says of itself; None: none of this run."""
+        if "client" in header:
+            name = str(header["client"])
+            return name if name in self.names else None
+        part, parts = int(header["part"]), int(header["parts"])
+        if parts < len(self.names):
+            raise RecipeError(
+                f"{parts} simulated SuperNodes are too few for {len(self.names)} clients: "
+                f"flwr run --federation-config 'num-supernodes={len(self.names)}'"
+            )
+        return self.names[part] if part < len(self.names) else None
+
     def _absence(self, absent: list[str], nodes: int, troubles: Mapping[str, str]) -> str:
         first = absent[0]
-        why = f" ({troubles[first]})" if first in troubles else nearest(first, self.nodes)
+        why = f" ({troubles[first]})" if first in troubles else ""
         others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        known = ", ".join(f"'{name}'" for name in self.nodes) or "none of this run"
         return (
-            f"client '{first}'{others} did not come within {self.timeout:g} s; {nodes} nodes are "
-            f"connected{why}. Start what is missing and run the same command again: nothing that "
+            f"client '{first}'{others} did not come within {self.timeout:g} s{why}; of {nodes} "
+            f"connected nodes are clients: {known}. Start what is missing (flower-supernode "
+            f"--node-config 'client=\"{first}\"') and run the same command again: nothing that "
             "was answered is computed again"
         )
 
