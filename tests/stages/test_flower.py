@@ -311,7 +311,7 @@ def test_what_a_client_says_of_its_failure_is_raised_here(tmp_path):
 def test_a_client_app_that_breaks_is_told_with_its_reason(tmp_path):
     grid = Grid(tmp_path, {1: "a"})
     grid.fail[1] = (2, "<class 'ZeroDivisionError'>")
-    with pytest.raises(FederationError, match="client app of 'a' failed .*ZeroDivisionError"):
+    with pytest.raises(FederationError, match=r"client app of 'a' failed .*ZeroDivisionError"):
         transport(grid).round(0, MESSAGE, ["a"])
 
 
