@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -40,6 +40,12 @@ class ClientsOptions(DataOptions):
         None, description="per channel, by which every client's images are normalised; none: 0.5"
     )
     std: list[float] | None = Field(None, description="likewise; none: 0.5")
+    val: Literal[0] = Field(0, description="not used here: see client_val")
+    client_val: int | float | None = Field(
+        None,
+        description="rows (integer) or share (below 1) of each client's training rows that are "
+        "carved off for validation by the run's seed, 0 for none; none: as each data set says",
+    )
 
 
 class Clients(DataSet[ClientsOptions]):
@@ -77,8 +83,8 @@ class Clients(DataSet[ClientsOptions]):
             )
         spec = options.clients[client]
         given = dict(spec.options)
-        if options.val is not None:
-            given.setdefault("val", options.val)
+        if options.client_val is not None:
+            given.setdefault("val", options.client_val)
         return open_data(spec.name, seed=seed, options=given)
 
 

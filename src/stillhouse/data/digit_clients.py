@@ -47,6 +47,12 @@ class DigitClientsOptions(DataOptions):
     per_test: int = Field(250, ge=10, le=250, description="test rows of each client")
     image_size: int = Field(_SIDE, ge=8, le=64, description="height and width in pixels")
     channels: Literal[1, 3] = Field(3, description="grey (1) or colour (3)")
+    val: Literal[0] = Field(0, description="not used here: see client_val")
+    client_val: int | float | None = Field(
+        None,
+        description="rows (integer) or share (below 1) of each client's training rows that are "
+        "carved off for validation by the run's seed, 0 for none; a tenth when not said",
+    )
 
     @field_validator("clients")
     @classmethod
@@ -120,7 +126,7 @@ class DigitClients(DataSet[DigitClientsOptions]):
         shape = [options.channels, options.image_size, options.image_size]
         about = {"classes": list(CLASSES), "input": shape, "licence": self.licence}
         splits = Splits(sources, name, about)
-        return with_own_val(splits, options.val, seed=seed, client=name)
+        return with_own_val(splits, options.client_val, seed=seed, client=name)
 
 
 def _shard(name: str, wanted: Mapping[str, int]) -> dict[str, ImageRows]:
