@@ -45,7 +45,7 @@ class Settings:
         Raises:
             RecipeError: an unknown key, a value of a wrong type, or no recipe.
         """
-        known = {name: kind for name, kind in cls.__annotations__.items()}
+        known = dict(cls.__annotations__)
         given = dict(run_config) | {k: v for k, v in node_config.items() if k in known}
         for name, value in given.items():
             if name not in known:
@@ -66,7 +66,7 @@ class Settings:
             RecipeError: it cannot be read, or its path depends on where a process was started.
         """
         path = Path(self.recipe).expanduser()
-        is_file = path.suffix in {".yaml", ".yml"} or len(path.parts) > 1
+        is_file = path.suffix in {".yaml", ".yml"} or "/" in self.recipe
         if is_file and not path.is_absolute():
             raise RecipeError(
                 f"run config: recipe '{self.recipe}' must be an absolute path: the processes of "

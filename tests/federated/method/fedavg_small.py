@@ -1,8 +1,8 @@
 """Federated averaging of a small network, as another package would bring it: for tests.
 
 Environment variables let a test look on and interfere: FEDAVG_WORK names a file to which every
-piece of work is appended, FEDAVG_KILL is `client:b:1` or `server:1`, after which exchange a
-process kills itself, once (FEDAVG_KILL_DONE names the file that says it has).
+piece of work is appended; FEDAVG_KILL names places such as `client:b:1,server:1`, at which a
+process kills itself once, leaving a file of that name in the folder FEDAVG_KILLED.
 """
 
 from __future__ import annotations
@@ -94,17 +94,11 @@ class FedAvgSmall(FederatedMethod):
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:
         sizes = {"a": 48, "b": 64, "c": 96}
+        image = {"kind": "images", "shape": [1, 8, 8]}
+        data = {n: {"name": "generated", "options": {**image, "rows": r}} for n, r in sizes.items()}
         return {
             "method": "fedavg-small",
-            "data": {
-                "name": "clients",
-                "options": {
-                    "clients": {
-                        name: {"name": "generated", "options": {"kind": "images", "shape": [1, 8, 8], "rows": rows}}
-                        for name, rows in sizes.items()
-                    }
-                },
-            },
+            "data": {"name": "clients", "options": {"clients": data}},
             "student": {"model": "stillhouse:mlp", "options": {"widths": [16]}},
             "hardware": {"threads": 1},
             "seed": seed,
@@ -118,9 +112,10 @@ def noted(what: str) -> None:
 
 
 def die_if_told(where: str) -> None:
-    done = Path(os.environ.get("FEDAVG_KILL_DONE", os.devnull))
-    if os.environ.get("FEDAVG_KILL") == where and not done.exists():
+    told = os.environ.get("FEDAVG_KILL", "").split(",")
+    if where not in told:
+        return
+    done = Path(os.environ["FEDAVG_KILLED"], where.replace(":", "-"))
+    if not done.exists():
         done.write_text(where, encoding="utf-8")
         os.kill(os.getpid(), signal.SIGKILL)
-
-
