@@ -49,6 +49,10 @@ class TrainingError(StillhouseError):
     """Training that cannot go on, such as a loss that is no longer finite."""
 
 
+class FederationError(StillhouseError):
+    """A client that cannot be reached, does not answer, or belongs to another run."""
+
+
 class MissingExtra(StillhouseError):
     """A package that an extra brings is not installed."""
 

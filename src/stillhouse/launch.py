@@ -10,10 +10,10 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -50,6 +50,9 @@ from stillhouse.summary import Side, summary_of
 from stillhouse.task import Task
 from stillhouse.tasks import open_task
 from stillhouse.writing import full_disk_told
+
+if TYPE_CHECKING:
+    from stillhouse.stages.federation import Remembering
 
 
 @dataclass
@@ -131,6 +134,36 @@ def open_job(
         stop=stop,
         family=family,
     )
+
+
+def federated_client(
+    recipe: Recipe, name: str, folder: Path, *, given: Given | None = None
+) -> Remembering:
+    """One client of a federated recipe, built in whatever process it lives in.
+
+    Only its own data is opened, where the data set can be opened for one client.
+
+    Args:
+        recipe: resolved; the same one that the server runs.
+        name: of the client.
+        folder: of this client; its memory and log lie here.
+        given: models and data handed in as objects.
+
+    Raises:
+        RecipeError: the recipe's method is not federated, or has no such client.
+    """
+    from stillhouse.data.clients import open_client
+    from stillhouse.stages.federation import FederatedMethod, Remembering
+
+    method = open_method(recipe)
+    if not isinstance(method, FederatedMethod):
+        raise RecipeError(f"'{recipe.method}' is not federated: it has no clients")
+    given = given or Given()
+    if given.splits is None:
+        own = open_client(recipe.data.name, name, seed=recipe.seed, options=recipe.data.options)
+        given = replace(given, splits=own)
+    job = open_job(recipe, folder, given=given)
+    return Remembering(name, method.client(job, name), recipe.seed, folder / "memory")
 
 
 def open_hardware(recipe: Recipe) -> Hardware:

@@ -57,11 +57,14 @@ class Given:
         student: a module; copied for every side and seed, so that all begin equal.
         teacher: a module or a Teacher.
         splits: the data.
+        connect: gives a federated run its transport: `connect(job) -> Transport`, see
+            `stages.federation`; None: all clients in this process.
     """
 
     student: nn.Module | None = None
     teacher: Any = None
     splits: Splits | None = None
+    connect: Any = None
 
 
 class RecipeModels:

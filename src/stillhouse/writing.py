@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         if error.errno in FULL:
             raise CheckpointError(disk_full(path, len(data))) from error
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def file_name(name: str) -> str:
+    """A name for a file or folder that stands for any name, and for no other."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
+    if plain and plain == name:
+        return plain
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def disk_full(path: Path, needed: int | None = None) -> str:

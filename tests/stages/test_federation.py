@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from stillhouse.errors import ModelError, RecipeError
+from stillhouse.errors import CheckpointError, ModelError, RecipeError
 from stillhouse.losses.distributions import gradient_cosine
 from stillhouse.models.convnet import ConvNet
 from stillhouse.stages.federation import (
     InProcess,
+    Server,
     aggregate,
+    bytes_of,
+    packed,
+    participants,
     pseudo_gradient,
     selected_rounds,
+    unpacked,
 )
 
 
@@ -132,17 +137,47 @@ def test_one_full_batch_step_gives_the_gradient():
         pseudo_gradient(before, after, 0.0)
 
 
+# ----------------------------------------------------------------------------- messages
+def test_messages_carry_tensors_and_tell_their_size():
+    weights = {"a.w": torch.ones(2, 3), "n": torch.tensor(4)}
+    message = {**packed("w", weights), "round": 3, "share": 0.5, "ask": "train"}
+    found = unpacked("w", message)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[k], v) for k, v in weights.items())
+    message["w/a.w"].zero_()
+    assert weights["a.w"].sum() == 6
+    assert bytes_of(message) == 6 * 4 + 8 + 8 + 8 + 5
+
+
+def test_participants_are_a_share_in_their_order():
+    names = [f"c{k}" for k in range(10)]
+    rng = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    assert participants(names, 1.0, rng()) == names
+    some = participants(names, 0.3, rng())
+    assert len(some) == 3
+    assert some == sorted(some, key=names.index)
+    assert some == participants(names, 0.3, rng())
+    assert len(participants(names, 0.01, rng())) == 1
+    with pytest.raises(RecipeError, match="share"):
+        participants(names, 0.0, rng())
+
+
 # -------------------------------------------------------------------------- in process
 class Drawing:
     """A client whose state counts its answers and whose reply is a random number."""
 
+    def __init__(self):
+        self.asked = 0
+
     def answer(self, state, message, clock):
+        self.asked += 1
         drawn = torch.rand((), generator=clock.rng("draw")).item()
-        return {"answers": state["answers"] + 1}, {"drawn": drawn + message["add"]}
+        answers = state.get("answers", 0) + 1
+        return {"answers": answers}, {"drawn": drawn + message["add"], "answers": answers}
 
 
-def transport(*names: str, seed: int = 0) -> InProcess:
-    return InProcess({n: Drawing() for n in names}, {n: {"answers": 0} for n in names}, seed)
+def transport(*names: str, seed: int = 0, folder=None) -> InProcess:
+    return InProcess({n: Drawing() for n in names}, seed, folder)
 
 
 def test_draws_depend_on_seed_client_and_round_alone():
@@ -155,19 +190,110 @@ def test_draws_depend_on_seed_client_and_round_alone():
     assert transport("a", "b", seed=1).round(1, message, names)["a"] != first["a"]
 
 
-def test_a_repeated_message_is_answered_from_memory():
-    clients = transport("a", "b")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_repeated_message_is_answered_from_memory(tmp_path, kept):
+    clients = transport("a", "b", folder=tmp_path if kept else None)
     first = clients.round(0, {"add": 0.0}, ["a"])
     assert clients.round(0, {"add": 7.0}, ["a"]) == first
-    assert clients.states == {"a": {"answers": 1}, "b": {"answers": 0}}
-    clients.round(1, {"add": 0.0}, ["b", "a"])
+    assert clients.states == {"a": {"answers": 1}, "b": {}}
+    clients.round(1, {"add": 0.0, "after/a": 0}, ["b", "a"])
     assert clients.states == {"a": {"answers": 2}, "b": {"answers": 1}}
+    assert clients.clients["a"].client.asked == 2
 
 
-def test_unknown_clients_are_told_before_any_is_asked():
-    clients = transport("a")
-    with pytest.raises(RecipeError, match="no client 'z'"):
-        clients.round(0, {"add": 0.0}, ["a", "z"])
-    assert clients.states["a"]["answers"] == 0
-    with pytest.raises(RecipeError, match="one state"):
-        InProcess({"a": Drawing()}, {}, 0)
+def served(server, clients, exchanges):
+    for _ in range(exchanges):
+        found = server.ask(clients, {"add": 0.0}, ["a", "b"])
+        server.held["last"] = {name: reply["drawn"] for name, reply in found.items()}
+    return server
+
+
+def test_server_and_clients_killed_anywhere_go_on_as_if_they_had_not_been(tmp_path):
+    whole = served(Server({}, "run"), transport("a", "b"), 5)
+    folder = tmp_path / "memory"
+    begun = served(Server({}, "run"), transport("a", "b", folder=folder), 3)
+    saved = begun.state_dict()
+    saved = {**saved, "log": list(saved["log"]), "answered": dict(saved["answered"])}
+    served(begun, transport("a", "b", folder=folder), 1)  # and the server dies before it saves
+    again, clients = Server({}, "run"), transport("a", "b", folder=folder)
+    again.load_state_dict(saved)
+    served(again, clients, 1)
+    assert [c.client.asked for c in clients.clients.values()] == [0, 0]  # all from memory
+    served(again, clients, 1)
+    assert again.held == whole.held
+    assert clients.states == {"a": {"answers": 5}, "b": {"answers": 5}}
+    assert [r["exchange"] for r in again.log] == list(range(5))
+
+
+def test_rounds_run_anew_do_not_meet_replies_of_the_past(tmp_path):
+    server, clients = Server({}, "run"), transport("a", "b", folder=tmp_path)
+    served(server, clients, 1)
+    saved = {**server.state_dict(), "answered": {"a": 0, "b": 0}, "log": []}
+    served(server, clients, 4)
+    again, fresh = Server({}, "run"), transport("a", "b", folder=tmp_path)
+    again.load_state_dict(saved)
+    served(again, fresh, 4)
+    assert [c.client.asked for c in fresh.clients.values()] == [4, 4]
+    assert again.held == server.held
+
+
+def test_another_run_is_not_answered_from_memory(tmp_path):
+    served(Server({}, "run"), transport("a", "b", folder=tmp_path), 2)
+    other, clients = Server({}, "other"), transport("a", "b", folder=tmp_path)
+    served(other, clients, 2)
+    assert [c.client.asked for c in clients.clients.values()] == [2, 2]
+    lost = Server({}, "third")
+    lost.load_state_dict({**other.state_dict(), "run": "third"})
+    with pytest.raises(CheckpointError, match="does not remember"):
+        served(lost, clients, 1)
+
+
+def test_a_damaged_memory_is_answered_anew(tmp_path):
+    server, clients = Server({}, "run"), transport("a", "b", folder=tmp_path)
+    served(server, clients, 1)
+    saved = {**server.state_dict(), "answered": dict(server.answered), "log": []}
+    served(server, clients, 1)
+    path = tmp_path / "a" / "exchange-000001.state"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    again = Server({}, "run")
+    again.load_state_dict(saved)
+    served(again, clients, 1)
+    assert again.held == server.held
+
+
+def test_cost_of_an_exchange_is_in_the_log():
+    server = Server({"w": torch.zeros(3)}, "run")
+    server.ask(transport("a", "b"), {"add": 1.0, "w/w": torch.zeros(3)}, ["a", "b"])
+    (record,) = server.log
+    assert record["bytes_down"] == 2 * (8 + 12)
+    assert record["bytes_up"] == 2 * 16
+    assert record["clients"] == "a, b"
+
+
+def test_server_keeps_weights_before_and_after():
+    server = Server({"w": torch.zeros(1)})
+    assert torch.equal(server.before["w"], server.after["w"])
+    server.move({"w": torch.ones(1)})
+    assert (server.before["w"].item(), server.after["w"].item()) == (0.0, 1.0)
+
+
+def test_unknown_and_silent_clients_are_told():
+    clients = transport("alpha")
+    with pytest.raises(RecipeError, match="no client 'alpa'"):
+        clients.round(0, {"add": 0.0}, ["alpha", "alpa"])
+    assert clients.clients["alpha"].client.asked == 0
+
+    class Silent:
+        def round(self, number, message, clients):
+            return {}
+
+    with pytest.raises(ModelError, match="did not reply"):
+        Server({}).ask(Silent(), {}, ["alpha"])
+
+
+def test_names_that_are_no_file_names_have_folders_of_their_own(tmp_path):
+    clients = transport("a b", "a_b", folder=tmp_path)
+    clients.round(0, {"add": 0.0}, ["a b", "a_b"])
+    assert len(list(tmp_path.iterdir())) == 2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from stillhouse.batch import Batch, Sample, Source, Splits, Subset, carve, read_rows
+from stillhouse.batch import Batch, Joined, Sample, Source, Splits, Subset, carve, read_rows
 from stillhouse.clock import Views, generator
 from stillhouse.data.options import ClassOptions
 from stillhouse.data.roots import locate
@@ -603,7 +603,7 @@ def labels_of(source: Source) -> Tensor | None:
     """The labels of all rows, without reading any view that has to be decoded.
 
     A source tells them by an attribute `targets` (N,), as lazily read ones do, or holds them
-    in memory (`TensorSource`); a `Subset` tells those of its rows.
+    in memory (`TensorSource`); a `Subset` tells those of its rows, `Joined` those of its parts.
 
     Returns:
         (N,) int64, or None where the source has no labels or one row has several.
@@ -611,6 +611,10 @@ def labels_of(source: Source) -> Tensor | None:
     if isinstance(source, Subset):
         inner = labels_of(source.source)
         return None if inner is None else inner[source.rows]
+    if isinstance(source, Joined):
+        parts = [labels_of(part) for part in source.sources]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
     found: Any = getattr(source, "targets", None)
     if found is None:
         found = getattr(source, "views", {}).get("target")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,8 @@ def pack(state: Any) -> bytes:
     Raises:
         CheckpointError: it holds a value of a kind that is not kept.
     """
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    shape = _encode(state, tensors, seen, "state")
-    payload = save_tensors(tensors, {"shape": json.dumps(shape)})
+    shape, tensors = take_apart(state)
+    payload = save_tensors(tensors, {"shape": shape})
     return _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
 
 
@@ -51,7 +50,23 @@ def unpack(data: bytes, where: str = "state") -> Any:
     tensors = load_tensors(payload)
     length = int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8 : 8 + length])
-    return _decode(json.loads(header["__metadata__"]["shape"]), tensors)
+    return put_together(header["__metadata__"]["shape"], tensors)
+
+
+def take_apart(state: Any) -> tuple[str, dict[str, Tensor]]:
+    """A nested state as JSON that says its shape, and its tensors: plain, on the CPU, unshared.
+
+    Raises:
+        CheckpointError: it holds a value of a kind that is not kept.
+    """
+    tensors: dict[str, Tensor] = {}
+    shape = _encode(state, tensors, set(), "state")
+    return json.dumps(shape), tensors
+
+
+def put_together(shape: str, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `take_apart`; tensors are copied."""
+    return _decode(json.loads(shape), tensors)
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], seen: set[int], where: str) -> Any:
@@ -84,7 +99,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], seen: set[int], where: str) 
     )
 
 
-def _decode(shape: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(shape: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, value),) = shape.items()
     if kind == "t":
         # A copy of its own: views into the file's bytes lie at odd addresses, where kernels may

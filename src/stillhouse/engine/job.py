@@ -364,9 +364,24 @@ class Job:
         kind: str = "synthesis",
         stamp: Mapping[str, Any] | None = None,
         share: Mapping[str, Any] | None = None,
+        save_each: bool = False,
     ) -> Any:
-        """Run `body(state, clock)` n times; returns the state, restored from the end."""
+        """Run `body(state, clock)` n times; returns the state, restored from the end.
+
+        Args:
+            name: of the stage.
+            state: what the body changes.
+            body: one step.
+            n: number of steps.
+            kind: of the stage.
+            stamp: what must be equal when the stage is resumed.
+            share: everything the result depends on; the stage then lies in the cache.
+            save_each: a checkpoint after every step, whatever the recipe says: for long steps
+                that others take part in, such as rounds.
+        """
         stage = self.stage(name, kind, stamp={"steps": n, **(stamp or {})}, share=share)
+        if save_each:
+            stage.checkpoint_seconds = 0.0
         with self._open(stage, share is not None):
             if stage.finished:
                 state.load_state_dict(stage.result())

@@ -34,6 +34,7 @@ class RealImages:
         preprocessing: into network-input space; None leaves [0, 1].
         device: where images go.
         hold_bytes: the largest size, as float32, that is kept in memory.
+        missing: classes may have no images, as a client of a federation may lack some.
 
     Attributes:
         rows: (rows of class 0, rows of class 1, ...), positions in the source.
@@ -50,6 +51,7 @@ class RealImages:
         *,
         device: torch.device | str = "cpu",
         hold_bytes: int = 1 << 30,
+        missing: bool = False,
     ) -> None:
         self.source, self.preprocessing = source, preprocessing
         self.device = torch.device(device)
@@ -59,10 +61,10 @@ class RealImages:
             labels = torch.cat([read_rows(source, b, None)["target"] for b in blocks])
         self.rows = [(labels == c).nonzero().flatten() for c in range(classes)]
         for number, rows in enumerate(self.rows):
-            if len(rows) == 0:
+            if len(rows) == 0 and not missing:
                 raise DataError(f"class {number} has no real images to distil from")
         self._held: Tensor | None = None
-        first = self._read(self.rows[0][:1])
+        first = self._read(torch.zeros(1, dtype=torch.int64))
         self.shape: tuple[int, ...] = tuple(first.shape[1:])
         if first.ndim != 4:
             raise DataError(f"images (C, H, W) are needed, the data has {self.shape}")
