@@ -45,6 +45,8 @@ class BevKDObjective(Objective):
         projection: of the student's map to the teacher's width, or None.
     """
 
+    student: GridNet
+
     def __init__(
         self, student: GridNet, task: Any, config: BevKD.Config, projection: nn.Module | None
     ) -> None:
@@ -69,7 +71,7 @@ class BevKDObjective(Objective):
         """`task/heat`, `task/boxes`, `features`, `heads/heat`, `heads/boxes`."""
         config = self.config
         out = self.student(batch.view("x"))
-        terms = self._loss(out, batch)
+        terms: dict[str, Tensor] = self._loss(out, batch)
         if config.features:
             ours = out["taps"][config.tap]
             if self.projection is not None:

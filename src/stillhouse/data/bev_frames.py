@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -107,7 +108,7 @@ class Frames:
         surfaces = None
         if "surfaces.values" in tensors:
             surfaces = Ragged(tensors["surfaces.values"], tensors["surfaces.offsets"])
-        dense = {name: tensors[name] for name in _DENSE if name in tensors}
+        dense: Any = {name: tensors[name] for name in _DENSE if name in tensors}
         return cls(clouds, surfaces=surfaces, **dense)
 
     def with_cloud(self, name: str, cloud: Ragged) -> Frames:
@@ -116,8 +117,8 @@ class Frames:
 
     def without_images(self) -> Frames:
         """The same frames for a LiDAR only."""
-        bare = {"images": None, "intrinsics": None, "cameras": None, "image_surfaces": None}
-        return replace(self, **bare, hashed="")  # type: ignore[arg-type]
+        bare: Any = {"images": None, "intrinsics": None, "cameras": None, "image_surfaces": None}
+        return replace(self, **bare, hashed="")
 
 
 _DENSE = (

@@ -65,7 +65,8 @@ def gram(features: Tensor, *, eps: float = 1e-4) -> Tensor:
         (..., P, P).
     """
     unit = features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + eps)
-    return unit @ unit.transpose(-1, -2)
+    cosines: Tensor = unit @ unit.transpose(-1, -2)
+    return cosines
 
 
 def _check(student: Tensor, teacher: Tensor, least: int) -> None:

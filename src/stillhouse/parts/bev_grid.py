@@ -54,7 +54,7 @@ class Grid:
         if isinstance(given, Grid):
             return given
         span, cell = given.get("range"), given.get("cell")
-        pair = cell if isinstance(cell, Sequence) else (cell, cell)
+        pair: Any = cell if isinstance(cell, Sequence) else (cell, cell)
         if not isinstance(span, Sequence) or len(span) != 6 or len(pair) != 2 or None in pair:
             raise ModelError(
                 "a grid is {range: [x_min, y_min, z_min, x_max, y_max, z_max], cell: metres}, "

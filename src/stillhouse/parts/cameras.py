@@ -86,12 +86,15 @@ def pixel_rays(intrinsics: Tensor, size: tuple[int, int], stride: int = 1) -> Te
     Returns:
         (..., h * w, 3), row by row, with h = height / stride.
     """
-    place = {"dtype": intrinsics.dtype, "device": intrinsics.device}
-    rows = (torch.arange(size[0] // stride, **place) + 0.5) * stride
-    columns = (torch.arange(size[1] // stride, **place) + 0.5) * stride
+    like = intrinsics
+    rows, columns = (
+        (torch.arange(side // stride, dtype=like.dtype, device=like.device) + 0.5) * stride
+        for side in size
+    )
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flip(-1).reshape(-1, 2)
     pixels = torch.cat([grid, torch.ones_like(grid[:, :1])], dim=1)
-    return pixels @ torch.linalg.inv(intrinsics).transpose(-1, -2)
+    rays: Tensor = pixels @ torch.linalg.inv(intrinsics).transpose(-1, -2)
+    return rays
 
 
 def on_ground(intrinsics: Tensor, pose: Tensor, pixels: Tensor, height: float) -> Tensor:
@@ -112,4 +115,5 @@ def on_ground(intrinsics: Tensor, pose: Tensor, pixels: Tensor, height: float) -
     start = pose[..., None, :3, 3]
     reach = (height - start[..., 2]) / rays[..., 2]
     reach = torch.where(reach > 0, reach, torch.full_like(reach, float("nan")))
-    return start + reach[..., None] * rays
+    met: Tensor = start + reach[..., None] * rays
+    return met

@@ -114,6 +114,7 @@ class UniDistillObjective(Objective):
     """
 
     wants = (LOW, HIGH, HEAT, REGRESSION)
+    student: GridNet
 
     def __init__(
         self,
@@ -139,8 +140,8 @@ class UniDistillObjective(Objective):
     def shared_boxes(self, batch: Batch) -> Tensor:
         """(B, M) bool: the valid boxes whose centre is inside both detectors' ranges."""
         boxes = batch["boxes"]
-        ours: Tensor = self.student.grid.inside(boxes)
-        return batch["valid"] & ours & self.teacher_grid.inside(boxes)
+        valid: Tensor = batch["valid"]
+        return valid & self.student.grid.inside(boxes) & self.teacher_grid.inside(boxes)
 
     def mask(self, batch: Batch, valid: Tensor) -> Tensor:
         """G (B, H, W) in the cells of the heads."""
@@ -156,7 +157,7 @@ class UniDistillObjective(Objective):
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """`task/heat`, `task/boxes`, `feature`, `relation`, `response/class`, `response/box`."""
         out = self.student(batch.view("x"))
-        terms = self._loss(out, batch)
+        terms: dict[str, Tensor] = self._loss(out, batch)
         path, valid = self.path, self.shared_boxes(batch)
         if path.feature:
             low = out["taps"]["low"]
