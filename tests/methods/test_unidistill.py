@@ -15,7 +15,12 @@ from stillhouse.launch import open_job, run
 from stillhouse.losses.bev import box_response, class_response
 from stillhouse.losses.features import absolute_by_item
 from stillhouse.losses.relations import gram
-from stillhouse.methods.driving.unidistill import PATHS, Adapter, UniDistillObjective, at_nine_points
+from stillhouse.methods.driving.unidistill import (
+    PATHS,
+    Adapter,
+    UniDistillObjective,
+    at_nine_points,
+)
 from stillhouse.opening import open_artifact
 from stillhouse.parts.bev_grid import Grid
 from stillhouse.parts.boxes import ground_corners, nine_points
