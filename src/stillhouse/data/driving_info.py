@@ -98,7 +98,7 @@ def _names(told: Mapping[str, Any], kind: Kind) -> dict[int, str]:
         return {int(number): str(name) for name, number in given.items()}
     if kind == "kitti":
         return dict(enumerate(KITTI_NAMES))
-    raise DataError("the information file does not name its categories")
+    raise ValueError("metainfo.categories does not name the categories")
 
 
 def _cloud(folder: Path, told: Mapping[str, Any], scale: float) -> Tensor:

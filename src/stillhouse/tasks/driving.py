@@ -352,7 +352,9 @@ class Driving(Task):
 
     def predictor(self, net: Net) -> Predictor:
         """Frames in, boxes out."""
-        settings = {"categories": self.categories, "grid": self.grid.plain()}
+        settings: dict[str, Any] = {"categories": self.categories, "grid": self.grid.plain()}
+        if "head" in net.taps:
+            settings["taps"] = {"head": net.taps["head"]}
         return BevDetector(net, settings)
 
     def details(self, job: Any, artifact: Any, teacher: Net | None) -> dict[str, Any]:
@@ -433,6 +435,14 @@ class BevDetector(Predictor):
         "columns": "numbers a point of a .bin file has (4; nuScenes: 5)",
         "score": "least score of a box (0.3)",
     }
+
+    def __init__(self, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(module, settings)
+        if not isinstance(module, GridNet):
+            # A reopened artifact knows a plain net only.
+            inner = module.module if isinstance(module, Net) else module
+            grid, taps = Grid.of(self.settings["grid"]), self.settings.get("taps")
+            self.module = GridNet(inner, grid=grid, taps=taps).eval()
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> list[Any]:
         """Boxes of frames.
