@@ -391,8 +391,11 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 # ----------------------------------------------------------------------------- runs
-def recipe(teacher=("camera",), student=("lidar",), method="unidistill", **changes):
+def recipe(
+    teacher=("camera",), student=("lidar",), method="unidistill", teacher_spec=None, **changes
+):
     spec = UniDistill.example(0)
+    spec["teacher"].update(teacher_spec or {})
     spec["teacher"]["options"] = {**SMALL, "sensors": list(teacher), "depths": [2.0, 24.0, 6]}
     spec["student"]["options"] = {**SMALL, "sensors": list(student), "depths": [2.0, 24.0, 6]}
     return load_recipe({**spec, "method": method, "task": "driving", "compare": [], **changes})
@@ -459,6 +462,17 @@ def job_task(chosen):
 def foreign_net(task, taps):
     torch.manual_seed(0)
     return task.net(ForeignTeacher(), taps)
+
+
+def test_from_a_store_as_from_the_teacher(tmp_path):
+    options = {**UniDistill.example(0)["data"]["options"], "mirror": False, "turn": 0.0}
+    ends = []
+    for name, more in (("live", {}), ("stored", {"store": {"dtype": "float32"}})):
+        chosen = recipe(data={"name": "driving_scenes", "options": options}, teacher_spec=more)
+        job = open_job(chosen, tmp_path / name)
+        ends.append(plain_state(open_method(chosen).run(job).module))
+        assert ("capture" in {stage["name"] for stage in job.stages}) == bool(more)
+    assert max((ends[0][k] - ends[1][k]).abs().max().item() for k in ends[0]) < 1e-4
 
 
 def test_what_does_not_fit_is_told_before_training(tmp_path):

@@ -389,15 +389,19 @@ class UniDistill(StudentTraining):
         Claim("beats the losses of X-Ray on the same pair", "map", "unidistill", "bev-kd/x-ray"),
     ]
 
-    def path(self, student: GridNet, teacher: Any) -> Path:
+    def path(self, student: Any, teacher: Any) -> Path:
         """Weights, clamp and adapters: the path's, where the settings say nothing.
+
+        Args:
+            student: the net that is trained.
+            teacher: the net that teaches; None where only its outputs are known.
 
         Raises:
             RecipeError: the models do not say their sensors, or the path is none of the four.
         """
         config, name = self.config, self.config.path
         if name == "auto":
-            pair = (_sensors(getattr(teacher, "net", None)), _sensors(student))
+            pair = (_sensors(teacher), _sensors(student))
             name = "-".join(pair)
             if name not in PATHS:
                 known = ", ".join(PATHS)
@@ -425,7 +429,9 @@ class UniDistill(StudentTraining):
         Raises:
             ModelError: head maps of teacher and student that cannot be compared.
         """
-        path = self.path(student, teacher)
+        # Stored outputs have no net, but the run knows whose they are.
+        net = getattr(teacher, "net", None) or getattr(job.models, "teacher_net", None)
+        path = self.path(student, net)
         for alias in ("low", "high"):
             student.add_tap(alias)
         teacher.bind(UniDistillObjective.wants, job.task)
@@ -443,7 +449,6 @@ class UniDistill(StudentTraining):
         projection = None
         if widths[0] != widths[1]:
             projection = job.build(lambda: nn.Conv2d(*widths, 1), "projection")
-        net = getattr(teacher, "net", None)
         return UniDistillObjective(
             student,
             job.task,
@@ -458,7 +463,7 @@ class UniDistill(StudentTraining):
     def details(self, job: Any, artifact: Any) -> dict[str, Any]:
         """The path, and what it sets."""
         net = getattr(job.models, "teacher_net", None)
-        path = self.path(artifact.module, _Named(net))
+        path = self.path(artifact.module, net)
         rows = [
             ["teacher reads", _sensors(net)],
             ["student reads", _sensors(artifact.module)],
@@ -496,12 +501,6 @@ class UniDistill(StudentTraining):
             "budget": {"steps": 4, "batch": 2, "lr": 0.01, "optimizer": "adamw"},
             "seed": seed,
         }
-
-
-class _Named(NamedTuple):
-    """A net in a teacher's place."""
-
-    net: Any
 
 
 def _sensors(net: Any) -> str:
