@@ -41,7 +41,6 @@ _NAMES = {
     "center_z": "height",
     "dims": "dim",
     "velocity": "vel",
-    "vel": "vel",
 }
 _WEIGHTS = {"vel": 0.2}
 _BOX_WEIGHT = 0.25
@@ -114,8 +113,8 @@ class GridNet(Net):
     def __init__(
         self, module: nn.Module, *, grid: Grid, taps: Mapping[str, str] | None = None
     ) -> None:
-        self._nest: Any = None
         super().__init__(module, answer="head", taps=taps)
+        self._nest: Any = None
         own = getattr(module, "grid", None)
         self.grid = grid if own is None else Grid.of(own)
         axes = getattr(module, "axes", "yx")
@@ -125,12 +124,12 @@ class GridNet(Net):
         self._takes = _parameters(module)
 
     def add_tap(self, alias: str, path: str | None = None) -> None:
-        """As `Net.add_tap`; without a path, the module's own `taps` say it."""
+        """As `Net.add_tap`; without a path the one in place stays, or the module's own is taken."""
         own = getattr(self.module, "taps", None)
-        if path is None and alias not in self.taps and isinstance(own, Mapping):
-            path = own.get(alias)
-        if path is None and alias in self.taps:
-            return
+        if path is None:
+            if alias in self.taps:
+                return
+            path = own.get(alias) if isinstance(own, Mapping) else None
         super().add_tap(alias, path)
 
     def _keep(self, alias: str, wanted: int, value: Any) -> None:
