@@ -148,3 +148,28 @@ def _absolute_power(x: Tensor, power: float) -> Tensor:
             x, power = x.square(), power / 2
         return x
     return x.abs() if power == 1 else x.abs().pow(power)
+
+
+def absolute_by_item(student: Tensor, teacher: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """L1 between features of items: the mean within an item, then over the n items.
+
+    `sum_i mean |s_i - t_i| / (n + eps)`; 0 without items. So every item weighs the same,
+    whatever its size (UniDistill, CVPR 2023: an item is a box, its features those of 9 points).
+
+    Args:
+        student: (n, ...).
+        teacher: (n, ...); no gradient flows into it.
+        eps: of the denominator.
+
+    Raises:
+        ModelError: shapes that differ.
+    """
+    if student.shape != teacher.shape:
+        raise ModelError(
+            f"features of {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher) "
+            "cannot be compared; a projection to the teacher's width is needed"
+        )
+    if len(student) == 0:
+        return student.sum() * 0.0
+    each = (student - teacher.detach()).abs().flatten(1).mean(1)
+    return each.sum() / (len(student) + eps)

@@ -54,6 +54,21 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(_angles(wide(student)), _angles(wide(teacher)))
 
 
+def gram(features: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """Cosines between the vectors of each item.
+
+    Args:
+        features: (..., P, C), P vectors an item.
+        eps: added to each vector's norm before it is divided by it.
+
+    Returns:
+        (..., P, P).
+    """
+    unit = features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + eps)
+    cosines: Tensor = unit @ unit.transpose(-1, -2)
+    return cosines
+
+
 def _check(student: Tensor, teacher: Tensor, least: int) -> None:
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise ModelError(

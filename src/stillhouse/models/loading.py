@@ -264,6 +264,8 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
         facts["length"] = shape["length"]
     if "vocabulary" in about:
         facts["vocabulary"] = about["vocabulary"]
+    # What a kind of data says of its models' shape beyond these, by the constructors' names.
+    facts.update(about.get("facts", {}))
     return facts
 
 

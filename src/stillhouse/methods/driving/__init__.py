@@ -1,0 +1,1 @@
+"""Driving: detection and representations of street scenes from LiDAR and cameras."""
