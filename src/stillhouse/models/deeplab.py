@@ -30,7 +30,7 @@ class DeepLab(nn.Module):
         weights: of the backbone: "IMAGENET1K_V1", a file, or none for a fresh start.
         output_stride: of the backbone, 8, 16 or 32: image size / size of its last map.
         rates: dilations of the pyramid's 3x3 convolutions.
-        channels: of pyramid and decoder.
+        decoder_channels: of pyramid and decoder.
         low_channels: of what the decoder takes from stride 4.
         auxiliary: a second head on the backbone's last map, trained beside, as `aux`.
 
@@ -50,7 +50,7 @@ class DeepLab(nn.Module):
         weights: str | None = None,
         output_stride: int = 16,
         rates: Sequence[int] = (2, 4),
-        channels: int = 96,
+        decoder_channels: int = 96,
         low_channels: int = 24,
         auxiliary: bool = False,
     ) -> None:
@@ -69,10 +69,10 @@ class DeepLab(nn.Module):
         self.deep = whole.features[_LOW:_DEEP]
         _dilate(self.deep, output_stride)
         fine, coarse = _channels(self.low), _channels(self.deep)
-        self.pyramid = _Pyramid(coarse, channels, rates)
+        self.pyramid = _Pyramid(coarse, decoder_channels, rates)
         self.reduced = _convolution(fine, low_channels, 1)
-        self.decoder = _separable(channels + low_channels, channels)
-        self.classifier = nn.Conv2d(channels, classes, 1)
+        self.decoder = _separable(decoder_channels + low_channels, decoder_channels)
+        self.classifier = nn.Conv2d(decoder_channels, classes, 1)
         self.auxiliary = nn.Conv2d(coarse, classes, 1) if auxiliary else None
         self.taps = {
             "low": "low", "backbone": "deep", "pyramid": "pyramid", "decoder": "decoder",

@@ -389,8 +389,7 @@ class BPKD(StudentTraining):
         """Labels, edges and bodies.
 
         Raises:
-            RecipeError: alpha has another number of classes than the data, or the recipe asks
-                for a store that keeps only some classes.
+            RecipeError: alpha has another number of classes than the data.
         """
         classes = job.task.about.get("classes")
         alpha = self.config.alpha
@@ -398,12 +397,6 @@ class BPKD(StudentTraining):
             raise RecipeError(
                 f"alpha has {len(alpha)} numbers, the data {len(classes)} classes; give one "
                 "number or one per class"
-            )
-        store = getattr(getattr(job.recipe, "teacher", None), "store", None)
-        if store is not None and store.form != "dense":
-            raise RecipeError(
-                f"teacher.store.form '{store.form}' keeps single values; edges and bodies need the "
-                "whole maps: form: dense"
             )
         return BPKDObjective(student, job.task, self.config)
 
