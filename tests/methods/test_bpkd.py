@@ -510,7 +510,7 @@ def test_networks_that_give_no_maps_are_told(tmp_path):
     with pytest.raises(ModelError, match=r"logits of shape \(2, 3\); a map of class scores"):
         run(recipe(student=student), folder=tmp_path, progress=False)
     fewer = {"model": "stillhouse:small_segmenter", "options": {"widths": [4, 4], "classes": 2}}
-    with pytest.raises(ModelError, match="has 2 outputs, the data .* 3 classes"):
+    with pytest.raises(ModelError, match=r"has 2 outputs, the data .* 3 classes"):
         run(recipe(student=fewer), folder=tmp_path / "b", progress=False)
 
 

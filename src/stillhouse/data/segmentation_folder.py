@@ -411,7 +411,7 @@ def _class_names(given: list[str] | str, root: Path) -> list[str]:
         if file is None:
             raise DataError(
                 f"data option 'classes': there is no file {given} (tried "
-                f"{', '.join(map(str, tried))}); name the classes in the recipe, or one a line there"
+                f"{', '.join(map(str, tried))}); name them in the recipe, or one a line there"
             )
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         names = [name for name in names if name]
