@@ -119,7 +119,8 @@ class CWD(StudentTraining):
         """Labels and channels; for features the projector's sizes by one dry call each."""
         projector = None
         if self.config.features and self.config.weight > 0:
-            student.add_tap(_TAP, getattr(student.module, "taps", {}).get(_TAP))
+            if _TAP not in student.taps:
+                student.add_tap(_TAP, getattr(student.module, "taps", {}).get(_TAP))
             teacher.bind((Want(f"tap:{_TAP}"),), job.task)
             view = job.task.example_view().to(job.device)
             training = student.training
