@@ -188,3 +188,23 @@ def test_rows_without_a_teacher_count_as_0():
     found.backward()
     assert found == 4 / 3
     assert values.grad.tolist() == pytest.approx([1 / 3, 0, 1 / 3])
+
+
+@pytest.mark.parametrize("classes", [2, 61, 62, 63, 150])
+def test_edges_are_dilation_minus_erosion_for_any_number_of_classes(classes):
+    rng = torch.Generator().manual_seed(classes)
+    labels = torch.randint(0, classes, (2, 5, 6), generator=rng)
+    labels = labels.repeat_interleave(4, 1).repeat_interleave(3, 2)
+    labels[torch.rand(labels.shape, generator=rng) < 0.1] = 255
+    valid = (labels != 255).unsqueeze(1)
+    region = ((labels.unsqueeze(1) == torch.arange(classes).view(1, -1, 1, 1)) & valid).float()
+    for radius in (1, 3, 8):
+        for erase in (False, True):
+            outside = (1 - region) * (valid if erase else 1)
+            dilated, hollow = (
+                torch.nn.functional.max_pool2d(m, 2 * radius + 1, 1, radius)
+                for m in (region, outside)
+            )
+            expected = (dilated - (1 - hollow)) * valid
+            found = class_edges(labels, classes, radius, erase_ignored_band=erase)
+            assert torch.equal(found, expected)
