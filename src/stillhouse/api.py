@@ -104,7 +104,7 @@ def objective(
     *,
     teacher: Teacher | None = None,
     classes: Sequence[str] | int = 2,
-    task: str = "classification",
+    task: str | None = None,
     taps: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Objective:
@@ -118,7 +118,7 @@ def objective(
         student: your module; its weights are used in place.
         teacher: bound to what the method wants, when given.
         classes: names or number of classes.
-        task: kind of problem.
+        task: kind of problem; the method's own by default.
         taps: alias to module path.
         settings: of the method.
 
@@ -136,7 +136,7 @@ def objective(
         {"method": method, "data": f"stillhouse.api:{GIVEN}", "settings": settings}
     )
     names = [str(c) for c in range(classes)] if isinstance(classes, int) else list(classes)
-    opened = open_task(task, Splits({}, "own data", {"classes": names}))
+    opened = open_task(task or kind.card.task, Splits({}, "own data", {"classes": names}))
     net = student if isinstance(student, Net) else opened.net(student, taps)
     made = kind(settings_of(recipe, kind.Config)).objective(_Bare(opened), net, teacher)
     if teacher is not None:

@@ -387,12 +387,37 @@ def _run_job(job: Job) -> Side:
 def _check(job: Job) -> None:
     """Before any training: do the data fit the task, and the student the data?"""
     job.task.check(None, None)
+    _check_classes_axis(job)
     models = job.models
     if job.recipe.student is None and getattr(models, "given", Given()).student is None:
         return
     student = job.student()
     job.task.check(student, None)
     _check_selection(job, student)
+
+
+def _check_classes_axis(job: Job) -> None:
+    """Losses on logits take classes last; where a task has them elsewhere, methods must know.
+
+    Raises:
+        RecipeError: a method of logits that was written for another task.
+    """
+    recipe, task = job.recipe, job.task
+    card = catalogue.find(recipe.method).card
+    if task.class_axis == -1 or "logits" not in card.get("needs", ()):
+        return
+    own = str(card.get("task", "classification"))
+    if own != task.name:
+        others = [
+            entry.id
+            for entry in catalogue.entries().values()
+            if entry.card.get("task") == task.name and "logits" in entry.card.get("needs", ())
+        ]
+        raise recipe.refusal(
+            "method",
+            f"'{recipe.method}' compares logits whose classes come last, as in {own}; those of "
+            f"{task.name} are maps with classes second: use {' or '.join(sorted(others))}",
+        )
 
 
 def _check_selection(job: Job, student: Net) -> None:

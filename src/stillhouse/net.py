@@ -43,7 +43,7 @@ class Net(nn.Module):
         module: any module. Called with the view when that is a tensor or a list, with the
             view's entries as keyword arguments when it is a mapping.
         answer: the name of a single tensor that `module` returns ("logits", "image", ...).
-            Mappings and Hugging Face outputs keep their own names.
+            Mappings and Hugging Face outputs keep their own names, torchvision's "out" apart.
         mean: per channel, subtracted from float views (C, H, W) before the call.
         std: per channel, divided by.
         taps: alias to module path. `path` is a module's output, `path:input` its first
@@ -217,7 +217,11 @@ class Net(nn.Module):
         if isinstance(out, Tensor):
             return {self.answer: out}
         if isinstance(out, Mapping):
-            return dict(out)
+            named = dict(out)
+            if "out" in named and self.answer not in named:
+                # torchvision's name for what a segmentation network gives.
+                named[self.answer] = named.pop("out")
+            return named
         if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
             return {self.answer: out[0]}
         raise ModelError(

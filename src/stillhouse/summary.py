@@ -200,5 +200,8 @@ def _sizes(job: Job, artifact: Artifact) -> dict[str, Any]:
 def _details(job: Job, method: Method, artifact: Artifact) -> dict[str, Any]:
     opened = job.judging()
     found = dict(job.task.details(opened, artifact, getattr(job.models, "teacher_net", None)))
-    found.update(method.details(opened, artifact))
+    for key, value in method.details(opened, artifact).items():
+        both = isinstance(value, list) and isinstance(found.get(key), list)
+        # What the task shows stays beside what the method adds.
+        found[key] = [*found[key], *value] if both else value
     return found

@@ -49,12 +49,14 @@ class Task:
         main_metric: the figure by which models are chosen and claims are judged.
         higher_is_better: the sense of `main_metric`.
         evaluation_batch: rows read at once while a split is judged.
+        class_axis: where the classes lie in the logits: last, or second in maps (B, K, h, w).
     """
 
     name: ClassVar[str] = ""
     main_metric: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = True
     evaluation_batch: ClassVar[int] = 256
+    class_axis: ClassVar[int] = -1
 
     def __init__(self, splits: Splits) -> None:
         self.splits = splits

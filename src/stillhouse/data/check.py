@@ -40,7 +40,9 @@ def check_splits(splits: Splits, *, classes: int | None = None) -> None:
         where = f"{splits.edition or 'the data'}, split '{role}'"
         if len(source) == 0:
             raise DataError(f"{where}: it is empty")
-        if classes is not None and role in {"train", "val", "test"}:
+        # A class for every pixel (there is a label to ignore) is looked at where it is opened.
+        one_label = classes is not None and "ignore" not in splits.about
+        if classes is not None and one_label and role in {"train", "val", "test"}:
             check_labels(labels_of(source), classes, where, several=role == "train")
         check_views(source, where)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,40 @@ def _is_image(name: str) -> bool:
     path = Path(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     return not hidden and path.suffix.lower() in SUFFIXES
+
+
+def png_targets(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Each image file and the PNG that is made of it; folders keep their inner structure.
+
+    Args:
+        inputs: files and folders.
+        output: a folder, or a .png for a single image.
+
+    Raises:
+        DataError: nothing there, or two inputs with one output.
+    """
+    found: list[tuple[Path, Path]] = []
+    for given in map(Path, inputs):
+        if given.is_dir():
+            files = ImageFiles.find(given)
+            names = [Path(name) for name in files.names]
+            found += [(given / n, (output / n).with_suffix(".png")) for n in names]
+        elif given.is_file():
+            found.append((given, (output / given.name).with_suffix(".png")))
+        else:
+            raise DataError(f"{given} does not exist")
+    if not found:
+        raise DataError("nothing to read: no image was found")
+    if output.suffix.lower() == ".png":
+        if len(found) > 1:
+            raise DataError(f"{len(found)} images do not fit in one file {output}; give a folder")
+        return [(found[0][0], output)]
+    taken: dict[Path, Path] = {}
+    for source, target in found:
+        other = taken.setdefault(target, source)
+        if other != source:
+            raise DataError(f"'{other}' and '{source}' would both become {target}; rename one")
+    return found
 
 
 def decode_image(content: bytes | str | Path, name: str = "") -> Pixels:

@@ -48,6 +48,7 @@ HF_TASKS = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "image-classification": "AutoModelForImageClassification",
+    "semantic-segmentation": "AutoModelForSemanticSegmentation",
     "masked-lm": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
@@ -331,6 +332,9 @@ def _torchvision(
     own = len(_published_classes(published))
     options.setdefault("num_classes", _facts(about).get("num_classes", own or 1000))
     model = f"torchvision:{name}"
+    # Else a detector or segmentation network downloads a backbone, whatever `weights` says.
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options.setdefault("weights_backbone", None)
     if weights != PRETRAINED and weights not in published:
         module = _built(model, lambda: models.get_model(name, weights=None, **options))
         return _with_weights(module, weights, model)
@@ -461,6 +465,8 @@ def _hf_task(options: dict[str, Any], about: Mapping[str, Any]) -> str:
     if task is None:
         image = isinstance(about.get("input"), (list, tuple)) and len(about["input"]) == 3
         classifier = "image-classification" if image else "sequence-classification"
+        if "ignore" in about:  # a class for every pixel
+            classifier = "semantic-segmentation"
         task = classifier if "classes" in about else "encoder"
     if task not in HF_TASKS:
         known = [*HF_TASKS, ZERO_SHOT]

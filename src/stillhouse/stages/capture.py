@@ -190,6 +190,11 @@ class Captured:
             shape = tuple(answer.tensor(want.key).shape[1:])
             # Only logits are a distribution over classes.
             form = self.spec.form if want.field == "logits" else "dense"
+            if form != "dense" and self.job.task.class_axis != -1:
+                raise TeacherError(
+                    f"form '{form}' keeps some classes of logits whose classes come last; those of "
+                    f"{self.job.task.name} are maps {shape}: capture them with form: dense"
+                )
             fields.append(
                 Field(
                     want.key,

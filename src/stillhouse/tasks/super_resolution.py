@@ -319,11 +319,11 @@ class SuperResolver(Predictor):
                 image that cannot be read (those before it are written).
         """
         from stillhouse.data.cached import write_whole
-        from stillhouse.data.image_files import decode_image
+        from stillhouse.data.image_files import decode_image, png_targets
 
         if output is None:
             raise DataError("say where the images go: -o FOLDER (or a .png for one image)")
-        jobs = _targets(inputs, Path(output))
+        jobs = png_targets(inputs, Path(output))
         rows = []
         for source, target in jobs:
             pixels = decode_image(source)
@@ -339,34 +339,6 @@ class SuperResolver(Predictor):
                 }
             )
         return {"inputs": len(rows), "output": str(output), "rows": rows}
-
-
-def _targets(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Each image file and the PNG it becomes; folders keep their inner structure."""
-    from stillhouse.data.image_files import ImageFiles
-
-    found: list[tuple[Path, Path]] = []
-    for given in map(Path, inputs):
-        if given.is_dir():
-            files = ImageFiles.find(given)
-            names = [Path(name) for name in files.names]
-            found += [(given / n, (output / n).with_suffix(".png")) for n in names]
-        elif given.is_file():
-            found.append((given, (output / given.name).with_suffix(".png")))
-        else:
-            raise DataError(f"{given} does not exist")
-    if not found:
-        raise DataError("nothing to read: no image was found")
-    if output.suffix.lower() == ".png":
-        if len(found) > 1:
-            raise DataError(f"{len(found)} images do not fit in one file {output}; give a folder")
-        return [(found[0][0], output)]
-    taken: dict[Path, Path] = {}
-    for source, target in found:
-        other = taken.setdefault(target, source)
-        if other != source:
-            raise DataError(f"'{other}' and '{source}' would both become {target}; rename one")
-    return found
 
 
 def _save_png(levels: Any, path: Path) -> None:

@@ -101,9 +101,12 @@ class Stored:
         if classes is None or field is None:
             return
         count = classes if isinstance(classes, int) else len(classes)
-        if field.shape and field.classes != count:
+        axis = int(getattr(task, "class_axis", -1))
+        # A record has no dimension of rows before the others.
+        held = field.shape[axis - 1] if 0 < axis <= len(field.shape) else field.classes
+        if field.shape and held != count:
             raise TeacherError(
-                f"the store {self.store.path} holds logits of {field.classes} classes, the data "
+                f"the store {self.store.path} holds logits of {held} classes, the data "
                 f"'{task.splits.edition}' has {count}: teacher and student must mean the same ones"
             )
 
