@@ -7,7 +7,8 @@ from contest import HOME, Bench, Row, ratios
 ROW = "E1"
 ABOUT = """Cost of the engine per step
 Knowledge distillation of two perceptrons (a step of about a millisecond; smaller ones, of less
-than half, beside) and of two small CNNs (about four), batch 32, data in memory, one thread. Ours runs through `stillhouse.distill` with
+than half, beside) and of two small CNNs (about four), batch 32, data in memory, one thread. Ours
+runs through `stillhouse.distill` with
 log (a line every 50 steps), checkpoints, NaN guard and progress on; the bare loop has none of
 these and no loader: it indexes the tensors step by step, where ours reads small steps several at
 once. Optimiser and its settings are the same. The peers read through their own loaders, as their
