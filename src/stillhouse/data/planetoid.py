@@ -93,7 +93,10 @@ class Planetoid(DataSet[PlanetoidOptions]):
         "planetoid/ind.citeseer.graph",
         "planetoid/ind.pubmed.graph",
     )
-    editions: ClassVar = {}
+    editions: ClassVar = {
+        "3417fe44f3072b365b2acc1f7e89a71a174c62b6e077938fc28fb10608cec1a8": "public split",
+        "16fe357be49cf64396bb27dc51d37008475f8111cf4dcc248e08eae5f9f7ec3f": "public split",
+    }
     rows: ClassVar = {"train": 140, "val": 500, "test": 1_000}
     get = "with a network it is downloaded on first use; or put ind.* of the source there"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stillhouse.batch import RowView
 from stillhouse.errors import ModelError
 from stillhouse.net import Net
 
@@ -116,6 +117,8 @@ def rows_of(view: Any, count: int) -> Any:
             raise ModelError("a view without rows cannot be measured")
         index = torch.arange(count, device=view.device) % len(view)
         return view.index_select(0, index).contiguous()
+    if isinstance(view, RowView) and len(view):
+        return view.select(torch.arange(count) % len(view))
     if isinstance(view, Mapping):
         return {key: rows_of(value, count) for key, value in view.items()}
     if isinstance(view, (list, tuple)) and view:

@@ -119,6 +119,10 @@ class NodeClassification(Classification):
         """
         return {"task": F.cross_entropy(wide(out["logits"]), batch["target"], ignore_index=IGNORE)}
 
+    def example_view(self, view: str = "x") -> Any:
+        """One node of the training data, with the graph that is seen."""
+        return self._sample(view).narrow(0, 1)
+
     def _check_net(self, role: str, net: Net, view: Any) -> None:
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         super()._check_net(role, net, view.to(device))
