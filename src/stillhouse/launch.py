@@ -355,7 +355,8 @@ def _check_selection(job: Job, student: Net) -> None:
         return
     if "val" not in job.splits:
         raise recipe.refusal(
-            "budget.select", f"{budget.select} needs validation data, and there is none: set data.options.val"
+            "budget.select",
+            f"{budget.select} needs validation data, and there is none: set data.options.val",
         )
     if budget.metric is not None:
         val = job.splits["val"]

@@ -19,9 +19,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     Strict,
     StringConstraints,
-    SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
@@ -173,7 +173,6 @@ class BudgetSpec(Section):
             # Filled in, not given: `exclude_unset` must not take it for the user's word.
             self.__dict__["epochs"] = 10
         return self
-
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

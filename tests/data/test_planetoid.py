@@ -163,7 +163,10 @@ def test_inductive_training_sees_nothing_of_hidden_nodes(data_root, keep_rest):
 
 
 def test_the_inductive_split_is_built_as_released(golden):
-    case = {k: torch.from_numpy(np.asarray(v)) for k, v in golden("ffg2m").case("inductive_split").items()}
+    case = {
+        k: torch.from_numpy(np.asarray(v))
+        for k, v in golden("ffg2m").case("inductive_split").items()
+    }
     train, val, test = torch.arange(6), torch.arange(6, 10), torch.arange(10, 35)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(2022))
     split = inductive_split(train, val, test, 0.2, order)
@@ -222,7 +225,9 @@ def test_own_files(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     np.save(folder / "features.npy", rng.random((40, 5), dtype=np.float32))
-    (folder / "edges.csv").write_text("# from,to\n" + "".join(f"{n},{(n + 1) % 40}\n" for n in range(40)))
+    (folder / "edges.csv").write_text(
+        "# from,to\n" + "".join(f"{n},{(n + 1) % 40}\n" for n in range(40))
+    )
     (folder / "labels.txt").write_text("".join(("red\n", "blue\n", "\n")[n % 3] for n in range(40)))
     options = {"path": str(folder), "per_class": 4, "val_nodes": 5, "test_nodes": 6}
     splits = open_data("graph", options=options).judging()
@@ -244,7 +249,9 @@ def test_own_files(tmp_path):
 def test_one_npz(tmp_path):
     masks = {f"{r}_mask": np.arange(30) % 3 == n for n, r in enumerate(("train", "val", "test"))}
     ends = np.stack([np.arange(29), np.arange(1, 30)])
-    np.savez(tmp_path / "g.npz", x=np.eye(30, 4), y=np.arange(30) // 3 % 2, edge_index=ends, **masks)
+    np.savez(
+        tmp_path / "g.npz", x=np.eye(30, 4), y=np.arange(30) // 3 % 2, edge_index=ends, **masks
+    )
     splits = open_data("graph", options={"path": str(tmp_path / "g.npz"), "setting": "inductive"})
     opened = splits.judging()
     assert len(opened["train"]) == 30 - len(opened["test"])

@@ -95,9 +95,7 @@ def test_neither_order_nor_doubling_of_edges_nor_names_of_nodes_matter():
     names = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
     place = torch.argsort(names)  # node n is called place[n]
     renamed = place[edges]
-    torch.testing.assert_close(
-        edge_difference_kl(z[names], h[names], renamed), values[1], **CLOSE
-    )
+    torch.testing.assert_close(edge_difference_kl(z[names], h[names], renamed), values[1], **CLOSE)
     torch.testing.assert_close(
         edge_kl(z[names], h[names], with_loops(renamed, len(z))), values[0], **CLOSE
     )

@@ -10,19 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
-import stillhouse as still
 from stillhouse import catalogue
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
-from stillhouse.data import open_data
 from stillhouse.data.node_splits import node_splits
-from stillhouse.errors import DataError, StillhouseError
-from stillhouse.launch import open_job, run
 from stillhouse.models.node_mlp import NodeMLP
-from stillhouse.opening import open_artifact
-from stillhouse.parts.graph import Graph, Nodes, tidy_edges
-from stillhouse.recipe import load_recipe
-from stillhouse.recipe_models import open_method
+from stillhouse.parts.graph import Graph, Nodes
 from stillhouse.tasks import open_task
 from stillhouse.teacher import Knowledge
 

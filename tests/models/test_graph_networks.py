@@ -34,7 +34,9 @@ def graph_of(seed: int = 0, nodes: int = 30) -> Graph:
 
 
 def test_layers_are_the_reference_ones(golden):
-    case = {k: torch.from_numpy(np.asarray(v)) for k, v in golden("ffg2m").case("gnn_layers").items()}
+    case = {
+        k: torch.from_numpy(np.asarray(v)) for k, v in golden("ffg2m").case("gnn_layers").items()
+    }
     x, edges = case["X"], case["edges"]
     for key, layer in {
         "gcn": GCNLayer(*case["W"].shape),

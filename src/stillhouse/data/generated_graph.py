@@ -49,7 +49,8 @@ class GeneratedGraph(DataSet[GeneratedGraphOptions]):
         own = (ends[1] - labels[ends[1]] + labels[ends[0]]).clamp(max=nodes - 1)
         ends[1] = torch.where(mixed, ends[1], own)
         third = nodes // 3
-        train, val, test = torch.arange(nodes).split([third, third, nodes - 2 * third])
+        numbers = torch.arange(nodes)
+        train, val, test = numbers[:third], numbers[third : 2 * third], numbers[2 * third :]
         return node_splits(
             Graph(x, tidy_edges(ends, nodes)),
             labels,

@@ -53,7 +53,9 @@ class GraphOptions(DataOptions):
     )
     normalise: bool = Field(False, description="divide each node's features by their sum")
     undirected: bool = Field(True, description="give every edge both directions")
-    per_class: int = Field(20, ge=1, description="training nodes of a class, where no split is given")
+    per_class: int = Field(
+        20, ge=1, description="training nodes of a class, where no split is given"
+    )
     val_nodes: int = Field(500, ge=1, description="validation nodes, likewise")
     test_nodes: int = Field(1000, ge=1, description="test nodes, likewise")
     split_seed: int = Field(0, description="of the drawn split; not the run's seed")
@@ -147,9 +149,7 @@ def _place(given: str) -> Path:
     for place in tried:
         if place.exists():
             return place
-    raise DataError(
-        f"data option 'path': there is no {given} (tried {', '.join(map(str, tried))})"
-    )
+    raise DataError(f"data option 'path': there is no {given} (tried {', '.join(map(str, tried))})")
 
 
 def _arrays(path: Path) -> dict[str, Any]:
@@ -160,7 +160,9 @@ def _arrays(path: Path) -> dict[str, Any]:
         if not isinstance(held, dict):
             return {"features": held}
         for name, known in _NAMES.items():
-            found.update({name: held[key] for key in known if key in held})
+            there = [key for key in known if key in held]
+            if there:
+                found[name] = held[there[0]]
         found.update({k: v for k, v in held.items() if k in _ROLES or k.endswith("_mask")})
         return found
     for name, known in _NAMES.items():
@@ -184,7 +186,11 @@ def _read(path: Path, *, names: bool = False) -> Any:
         if suffix == ".npz":
             return _npz(path)
         if suffix in {".csv", ".tsv", ".txt"}:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() or names]
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.strip() or names
+            ]
             if names:
                 return np.array([line.strip() for line in lines])
             cells = [line.replace(",", " ").split() for line in lines if not line.startswith("#")]

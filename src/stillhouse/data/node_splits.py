@@ -129,8 +129,10 @@ def inductive_split(
     shuffled = test[order]
     hidden, kept = shuffled[:count], shuffled[count:]
     parts = [train, val, kept, *([] if others is None else [others])]
-    places = torch.arange(sum(map(len, parts))).split([len(part) for part in parts])
-    return InductiveSplit(torch.cat(parts), hidden, *places[:3])
+    places = torch.arange(sum(map(len, parts)))
+    ends = len(train), len(train) + len(val), len(train) + len(val) + len(kept)
+    own = places[: ends[0]], places[ends[0] : ends[1]], places[ends[1] : ends[2]]
+    return InductiveSplit(torch.cat(parts), hidden, *own)
 
 
 def node_splits(
@@ -273,9 +275,7 @@ def row_normalised(features: Tensor | SparseMatrix) -> Tensor | SparseMatrix:
     total = torch.zeros(len(features), dtype=features.values.dtype)
     total.index_add_(0, features.row_numbers(), features.values)
     scale = torch.where(total != 0, 1 / total, total)[features.row_numbers()]
-    return SparseMatrix(
-        features.starts, features.columns, features.values * scale, features.width
-    )
+    return SparseMatrix(features.starts, features.columns, features.values * scale, features.width)
 
 
 def splits_of_graph(
@@ -350,4 +350,5 @@ def _places(mask: Any, nodes: int) -> Tensor:
     mask = mask if mask.ndim == 1 else mask[:, 0]
     if len(mask) != nodes:
         raise DataError(f"a mask of {len(mask)} nodes on a graph of {nodes}")
-    return mask.cpu().bool().nonzero()[:, 0]
+    places: Tensor = mask.cpu().bool().nonzero()[:, 0]
+    return places

@@ -15,6 +15,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -135,22 +136,22 @@ class Planetoid(DataSet[PlanetoidOptions]):
         found = find_file([wanted[SUFFIXES.index("graph")]])
         if found is None:
             found = self._fetched(graph, wanted)
-        lacking = [Path(name).name for name in wanted if not (found.parent / Path(name).name).is_file()]
+        lacking = [
+            Path(name).name for name in wanted if not (found.parent / Path(name).name).is_file()
+        ]
         if lacking:
             raise DataError(f"{found.parent} lacks {', '.join(lacking)} of the graph '{graph}'")
         return found.parent
 
     def _fetched(self, graph: str, wanted: list[str]) -> Path:
         if offline():
-            raise missing(
-                self.name, wanted, get=self.get, tried="none, STILLHOUSE_OFFLINE is set"
-            )
+            raise missing(self.name, wanted, get=self.get, tried="none, STILLHOUSE_OFFLINE is set")
         folder = cache_root() / "data" / "planetoid"
         # The graph last: it is what is looked for, and stands for all.
         for suffix in sorted(SUFFIXES, key=lambda s: s == "graph"):
             name = f"ind.{graph}.{suffix}"
             try:
-                write_whole(folder / name, lambda beside, name=name: download_file(_URL + name, beside))  # type: ignore[misc]
+                write_whole(folder / name, partial(download_file, _URL + name))
             except OSError as error:
                 tried = f"{_URL}{name}: {type(error).__name__}: {error}"
                 raise missing(self.name, wanted, get=self.get, tried=tried) from error
@@ -202,25 +203,23 @@ def read_planetoid(folder: Path, name: str) -> RawGraph:
             f"{where}.test.index names {len(index)} nodes from {int(index.min())}; tx has "
             f"{held['tx'].shape[0]} rows, and they follow the {first} of allx"
         )
-    rows, columns, values = [], [], []
-    for matrix, places in ((held["allx"], np.arange(first)), (held["tx"], index)):
-        entries = matrix.tocoo()
-        rows.append(places[entries.row])
-        columns.append(entries.col)
-        values.append(entries.data)
-    features = SparseMatrix.of_entries(
-        *(torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (rows, columns)),
-        torch.from_numpy(np.concatenate(values).astype(np.float32)),
+    entries = [held["allx"].tocoo(), held["tx"].tocoo()]
+    places = [np.arange(first), index]
+    rows = np.concatenate([place[e.row] for place, e in zip(places, entries, strict=True)])
+    matrix = SparseMatrix.of_entries(
+        torch.from_numpy(rows.astype(np.int64)),
+        torch.from_numpy(np.concatenate([e.col for e in entries]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([e.data for e in entries]).astype(np.float32)),
         count,
         held["allx"].shape[1],
     )
     known = np.full(count, IGNORE, dtype=np.int64)
-    for labels, places in ((held["ally"], np.arange(first)), (held["ty"], index)):
-        has = labels.any(1)
-        known[places[has]] = labels[has].argmax(1)
+    for one_hot, place in zip((held["ally"], held["ty"]), places, strict=True):
+        has = one_hot.any(1)
+        known[place[has]] = one_hot[has].argmax(1)
     train = held["y"].shape[0]
     return RawGraph(
-        features,
+        matrix,
         torch.from_numpy(known),
         _edges(held["graph"], count, f"{where}.graph"),
         held["ally"].shape[1],
@@ -378,13 +377,14 @@ def write_planetoid(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, value in content.items():
-        packed = pickle.dumps(value, protocol=2)
-        write_whole(
-            folder / f"ind.{name}.{suffix}", lambda beside, packed=packed: beside.write_bytes(packed)  # type: ignore[misc]
-        )
+        _write(folder / f"ind.{name}.{suffix}", pickle.dumps(value, protocol=2))
     lines = "".join(f"{node}\n" for node in tested.tolist())
-    write_whole(folder / f"ind.{name}.test.index", lambda beside: beside.write_text(lines))
+    _write(folder / f"ind.{name}.test.index", lines.encode())
     return order
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_whole(path, lambda beside: beside.write_bytes(content))
 
 
 def _raw_order(bare: Tensor, train: Tensor, val: Tensor, test: Tensor) -> tuple[Tensor, int]:

@@ -392,7 +392,7 @@ def _train(
     finally:
         training.close()
     stage.figures.update(
-        steps=total,
+        steps=state.done or total,
         teacher_seconds=round(training.teacher_time(), 4),
         path=job.hardware.path,
         loop_seconds=round(time.monotonic() - began, 4),

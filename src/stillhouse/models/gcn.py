@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -46,7 +47,7 @@ class GCN(nn.Module):
         super().__init__()
         check_sizes("a GCN", classes, inputs, width, layers, dropout)
         sizes = [inputs, *[width] * (layers - 1), classes]
-        self.layers = nn.ModuleList(GCNLayer(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(GCNLayer(a, b) for a, b in pairwise(sizes))
         self.dropout = dropout
         self.hops = layers
 

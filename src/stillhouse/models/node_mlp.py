@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -44,7 +45,7 @@ class NodeMLP(nn.Module):
         super().__init__()
         check_sizes("an MLP of nodes", classes, inputs, width, layers, dropout)
         sizes = [inputs, *[width] * (layers - 1), classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.dropout = dropout
 
     def forward(self, x: Tensor | SparseMatrix) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -49,9 +50,7 @@ class SAGE(nn.Module):
         super().__init__()
         check_sizes("a GraphSAGE", classes, inputs, width, layers, dropout)
         sizes = [inputs, *[width] * (layers - 1), classes]
-        self.layers = nn.ModuleList(
-            SAGELayer(a, b, self_loops) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(SAGELayer(a, b, self_loops) for a, b in pairwise(sizes))
         self.dropout = dropout
         self.hops = layers
 

@@ -217,8 +217,7 @@ class Nodes(RowView):
 def _check(features: Tensor | SparseMatrix, edges: Tensor) -> None:
     if edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
         raise DataError(
-            "edges are two rows of node numbers (2, E), not "
-            f"{tuple(edges.shape)} of {edges.dtype}"
+            f"edges are two rows of node numbers (2, E), not {tuple(edges.shape)} of {edges.dtype}"
         )
     low, high = (int(edges.min()), int(edges.max())) if edges.numel() else (0, 0)
     if low < 0 or high >= max(1, len(features)):

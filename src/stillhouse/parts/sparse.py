@@ -175,7 +175,7 @@ class SparseMatrix:
                 f"a sparse matrix of shape {self.shape} cannot be multiplied with one of shape "
                 f"{tuple(dense.shape)}"
             )
-        found: Tensor = _Product.apply(dense, self)  # type: ignore[no-untyped-call]
+        found: Tensor = _Product.apply(dense, self)
         return found
 
     def dense(self) -> Tensor:
@@ -188,8 +188,10 @@ class SparseMatrix:
         """The matrix on a device; itself when it is there."""
         if torch.device(device) == self.device:
             return self
-        parts = (self.starts, self.columns, self.values)
-        return SparseMatrix(*(part.to(device) for part in parts), self.width)
+        starts, columns, values = (
+            part.to(device) for part in (self.starts, self.columns, self.values)
+        )
+        return SparseMatrix(starts, columns, values, self.width, checked=False)
 
     def fingerprint(self) -> str:
         """Of shape and content."""
@@ -225,7 +227,7 @@ class _Product(torch.autograd.Function):
         return matrix._times(dense)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.matrix.transposed._times(grad), None
 

@@ -111,9 +111,7 @@ def _by_request(net: nn.Module, graph: Graph, asked: list[Tensor]) -> Call:
     return lambda: answer_nodes(net, graph, asked[next(place) % len(asked)])
 
 
-def _timed(
-    calls: Mapping[str, Call], graph: Graph, seconds: float
-) -> dict[str, dict[str, float]]:
+def _timed(calls: Mapping[str, Call], graph: Graph, seconds: float) -> dict[str, dict[str, float]]:
     passing(graph.edges, graph.nodes, "loops")  # the server's index of neighbours
     measured = dict(zip(calls, timings(list(calls.values()), graph.device, seconds=seconds)))
     first = next(iter(measured.values()), [])

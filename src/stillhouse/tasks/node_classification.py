@@ -188,20 +188,22 @@ class NodeClassifier(Predictor):
             logits: Tensor = self.module(view.to(device))["logits"]
         return logits.float()
 
-    def _view(self, inputs: Sequence[Any] | Graph | Nodes) -> Nodes:
-        given: Any = inputs[0] if isinstance(inputs, (list, tuple)) and len(inputs) == 1 else inputs
+    def _view(self, inputs: Any) -> Nodes:
+        given = inputs[0] if isinstance(inputs, (list, tuple)) and len(inputs) == 1 else inputs
         if isinstance(given, (Graph, Nodes)):
             asked = given if isinstance(given, Nodes) else Nodes(given)
             return Nodes(self._prepared(asked.graph.sparse(), asked.graph.edges), asked.index)
+        inner = getattr(self.module, "module")  # noqa: B009 - a Net, which types do not tell
+        if reads_edges(inner):
+            raise ModelError(
+                f"{type(inner).__name__} passes messages between nodes: give it a graph "
+                "(features and edges), not rows of features"
+            )
+        rows: Tensor | SparseMatrix
         if isinstance(inputs, SparseMatrix):
-            rows: Tensor | SparseMatrix = inputs
+            rows = inputs
         else:
             rows = torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in inputs])
-        if reads_edges(self.module.module):  # type: ignore[arg-type]
-            raise ModelError(
-                f"{type(self.module.module).__name__} passes messages between nodes: give it a "
-                "graph (features and edges), not rows of features"
-            )
         return Nodes(self._prepared(rows, torch.zeros(2, 0, dtype=torch.int64)))
 
     def _prepared(self, features: Tensor | SparseMatrix, edges: Tensor) -> Graph:

@@ -189,7 +189,11 @@ class FFG2MObjective(Objective):
         if most is not None and graph.edges.shape[1] + graph.nodes > most:
             whole = with_loops(graph.edges, graph.nodes)
             return edge_kl(logits, teacher, drawn(whole, most, clock, "low"))
-        if self._targets is None or self._targets[0] is not teacher or self._targets[1] is not graph:
+        if (
+            self._targets is None
+            or self._targets[0] is not teacher
+            or self._targets[1] is not graph
+        ):
             targets = neighbour_targets(teacher, with_loops(graph.edges, graph.nodes))
             self._targets = (teacher, graph, targets)
         return neighbour_kl(logits, self._targets[2])
