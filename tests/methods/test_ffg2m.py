@@ -296,9 +296,9 @@ def test_it_runs_with_every_teacher_in_both_settings(tmp_path, network, setting)
         data={"name": "generated-graph", "options": {"setting": setting, "nodes": 150}},
         teacher={
             "model": f"stillhouse:{network}", "options": {"width": 8, "dropout": 0.1},
-            "train": {"steps": 40, "batch": 64, "lr": 0.05, "optimizer": "adam"},
+            "train": {"steps": 40, "batch": 256, "lr": 0.05, "optimizer": "adam"},
         },
-        budget={"steps": 40, "batch": 64, "lr": 0.05, "optimizer": "adam", "select": "latest-best"},
+        budget={"steps": 40, "batch": 256, "lr": 0.05, "optimizer": "adam", "select": "latest-best"},
     )  # fmt: skip
     result = run(load_recipe(recipe), folder=tmp_path, progress=False)
     figures = result.sides["distilled"]["0"]

@@ -112,12 +112,10 @@ class NodeClassification(Classification):
         return NodeNet(module, answer="logits", taps=taps)
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Cross-entropy, the mean over labelled nodes.
-
-        Raises:
-            DataError: not one of the nodes carries a label.
-        """
-        return {"task": F.cross_entropy(wide(out["logits"]), batch["target"], ignore_index=IGNORE)}
+        """Cross-entropy, the mean over labelled nodes; 0 where a batch holds none."""
+        logits, target = wide(out["logits"]), batch["target"]
+        whole = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+        return {"task": whole / (target != IGNORE).sum().clamp(min=1)}
 
     def example_view(self, view: str = "x") -> Any:
         """One node of the training data, with the graph that is seen."""
