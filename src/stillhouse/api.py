@@ -50,7 +50,8 @@ def distill(
         teacher: a module that gives logits for the same classes, or any Teacher.
         student: a module; it is copied, and the trained copy is in the result.
         train: DataLoader, Dataset or Source of (x, target) or mappings. A loader's batch size
-            is taken over unless `batch` is given.
+            is taken over unless `batch` is given. Or Splits, or one graph with its masks
+            (PyTorch Geometric's `Data`), whole.
         val: likewise; for selection, and judged on when there is no `test`.
         test: likewise.
         method: id of a method.

@@ -22,6 +22,33 @@ _TOGETHER_BYTES = 1 << 18  # read at once it is still in the processor's cache w
 RESERVED = ("id", "draw", "rows", "of", "target", "weight", "mask")
 
 
+class RowView:
+    """A view that is no tensor: its rows are parts of something larger that comes along whole.
+
+    Nodes of a graph are such: what is said of one depends on the others.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from any other."""
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> RowView:
+        """The rows at these places, (B,) int64, in this order."""
+        raise NotImplementedError
+
+    def narrow(self, start: int, stop: int) -> RowView:
+        """Rows [start, stop)."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> RowView:
+        """On a device; itself when it is there."""
+        raise NotImplementedError
+
+
 class Batch(dict[str, Any]):
     """Named views of B samples; nested batches are streams.
 
@@ -46,7 +73,7 @@ class Batch(dict[str, Any]):
                 continue
             if isinstance(value, Batch):
                 return value.size
-            if isinstance(value, (Tensor, list)) and not (
+            if isinstance(value, (Tensor, list, RowView)) and not (
                 isinstance(value, Tensor) and value.ndim == 0
             ):
                 return len(value)
@@ -165,7 +192,7 @@ class Batch(dict[str, Any]):
             k: v.to(target, non_blocking=True)
             if isinstance(v, Tensor) and k != "rows"
             else v.to(target)
-            if isinstance(v, Batch)
+            if isinstance(v, (Batch, RowView))
             else v
             for k, v in self.items()
         }
@@ -176,7 +203,7 @@ def _take(value: Any, rows: Tensor) -> Any:
     if isinstance(value, Tensor):
         # Half the time of `value[rows]`, which steps of a millisecond feel.
         return value if value.ndim == 0 else value.index_select(0, rows.to(value.device))
-    if isinstance(value, Batch):
+    if isinstance(value, (Batch, RowView)):
         return value.select(rows)
     if isinstance(value, list):
         return [value[i] for i in rows.tolist()]
@@ -188,6 +215,9 @@ def _pieces(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
         return torch.split(value, list(sizes))
     if isinstance(value, Batch):
         return value.cut(sizes)
+    if isinstance(value, RowView):
+        ends = list(itertools.accumulate(sizes))
+        return [value.narrow(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     if isinstance(value, list):
         ends = list(itertools.accumulate(sizes))
         return [value[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -197,7 +227,7 @@ def _pieces(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
 def _cut(value: Any, start: int, stop: int) -> Any:
     if isinstance(value, Tensor):
         return value if value.ndim == 0 else value[start:stop]
-    if isinstance(value, Batch):
+    if isinstance(value, (Batch, RowView)):
         return value.narrow(start, stop)
     if isinstance(value, list):
         return value[start:stop]
@@ -745,10 +775,43 @@ def read_block(order: Order, rows: Rows, views: Views, rank: int = 0, world: int
     if isinstance(rows, StreamRows):
         return order.read(rows.block(rank, world), views)
     whole = len(rows)
+    if isinstance(order, Whole):
+        rank, world = 0, 1  # every process reads all of it
     start, stop = whole * rank // world, whole * (rank + 1) // world
     batch = order.read(rows[start:stop] if world > 1 else rows, views)
     batch["rows"], batch["of"] = slice(start, stop), whole
     return batch
+
+
+class Whole:
+    """All rows in every step, in the source's order: a graph whose nodes hang together.
+
+    An epoch is one step. Several processes read the same, since the rows cannot be cut: they
+    reproduce one process, and gain no time.
+
+    Args:
+        source: the data.
+        collate: joins samples of sources without a batched fast path.
+    """
+
+    def __init__(
+        self, source: Source, *, collate: Callable[[list[Sample]], Batch] | None = None
+    ) -> None:
+        if len(source) == 0:
+            raise DataError("the training data is empty")
+        self.source = source
+        self.collate = collate
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[Rows]:
+        """One step: all rows."""
+        return [torch.arange(len(self.source))]
+
+    def read(self, rows: Rows, views: Views) -> Batch:
+        """The samples, as they are."""
+        return read_rows(self.source, rows, None, self.collate)
 
 
 class Draws:

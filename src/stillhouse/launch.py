@@ -427,11 +427,12 @@ def _check_selection(job: Job, student: Net) -> None:
         RecipeError: no validation data, or a figure that validation does not give.
     """
     budget, recipe = job.recipe.budget, job.recipe
-    if budget.select != "best" or not catalogue.find(recipe.method).trains_student:
+    if budget.select == "last" or not catalogue.find(recipe.method).trains_student:
         return
     if "val" not in job.splits:
         raise recipe.refusal(
-            "budget.select", "best needs validation data, and there is none: set data.options.val"
+            "budget.select",
+            f"{budget.select} needs validation data, and there is none: set data.options.val",
         )
     if budget.metric is not None:
         val = job.splits["val"]

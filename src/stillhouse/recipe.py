@@ -19,9 +19,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     Strict,
     StringConstraints,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -135,12 +137,18 @@ class BudgetSpec(Section):
         default=None,
         description="in epochs or steps, as the budget counts; none: each epoch, or ten times",
     )
-    select: Literal["last", "best"] = Field(
+    select: Literal["last", "best", "latest-best"] = Field(
         default="last",
-        description="the state that is kept: the last, or the best on validation data",
+        description="the state that is kept: the last, or the best on validation data (of equal "
+        "ones the first, or the latest)",
     )
     metric: Text | None = Field(
         default=None, description="what best is measured by; none: the task's main metric"
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="validations in a row that do not reach the best figure, after which a "
+        "training that selects by it ends; none: it goes on",
     )
     ema: Share | None = Field(
         default=None,
@@ -153,6 +161,10 @@ class BudgetSpec(Section):
             raise PydanticCustomError(
                 "exclusive", "both epochs and steps are given; give exactly one of them"
             )
+        if self.patience is not None and self.select == "last":
+            raise PydanticCustomError(
+                "patience", "patience waits for a better figure: set select: best or latest-best"
+            )
         if self.schedule == "step" and not self.milestones:
             raise PydanticCustomError(
                 "milestones", "schedule: step needs milestones, such as milestones: [0.5, 0.75]"
@@ -161,6 +173,14 @@ class BudgetSpec(Section):
             # Filled in, not given: `exclude_unset` must not take it for the user's word.
             self.__dict__["epochs"] = 10
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records that were made before there was patience keep their hash.
+        written: dict[str, Any] = write(self)
+        if self.patience is None:
+            written.pop("patience", None)
+        return written
 
 
 class TrainSpec(BudgetSpec):

@@ -11,6 +11,7 @@ from torch import Tensor
 from stillhouse.batch import Source, Splits, Subset, TensorSource, read_rows
 from stillhouse.data.splitting import labels_of
 from stillhouse.errors import DataError
+from stillhouse.metrics.classification import IGNORE
 
 _WHOLE = 100_000_000  # numbers that are looked at one by one; beyond it, a sample of rows
 _SAMPLE = 512  # rows of it
@@ -51,7 +52,8 @@ def check_labels(labels: Tensor | None, classes: int, where: str, *, several: bo
     """Refuse labels that no classifier can be trained on.
 
     Args:
-        labels: (N,) int64; None where there are none that can be told beforehand.
+        labels: (N,) int64, -100 on rows that carry none; None where there are none that can be
+            told beforehand.
         classes: how many classes there are.
         where: data and split, for the error.
         several: more than one class must occur.
@@ -61,13 +63,17 @@ def check_labels(labels: Tensor | None, classes: int, where: str, *, several: bo
     """
     if labels is None:
         raise DataError(f"{where}: no class labels (a view 'target' of whole numbers, one a row)")
-    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    carried = labels != IGNORE
+    if not bool(carried.any()):
+        raise DataError(f"{where}: none of its {len(labels)} rows carries a label")
+    wrong = (carried & ((labels < 0) | (labels >= classes))).nonzero()
     if len(wrong):
         row = int(wrong[0, 0])
         raise DataError(
             f"{where}, row {row}: the label {int(labels[row])} is out of range; there are "
             f"{classes} classes, numbered 0 to {classes - 1} ({len(wrong)} such rows)"
         )
+    labels = labels[carried]
     if several and len(torch.unique(labels)) < 2:
         raise DataError(
             f"{where}: all {len(labels)} labels are {int(labels[0])}; at least two classes must "

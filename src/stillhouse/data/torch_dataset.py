@@ -119,7 +119,8 @@ def splits_of(
     """Splits from a user's own data; without a test part the validation part is judged on.
 
     Args:
-        train: DataLoader, Dataset or Source.
+        train: DataLoader, Dataset or Source; or a graph (PyTorch Geometric's `Data`), or Splits,
+            that bring their own val and test.
         val: likewise, or None.
         test: likewise, or None.
         classes: names or number; counted from the training targets when not given.
@@ -127,6 +128,12 @@ def splits_of(
     Raises:
         DataError: neither val nor test, so that nothing could be judged.
     """
+    if isinstance(train, Splits):
+        return train
+    if hasattr(train, "edge_index"):
+        from stillhouse.data.node_splits import splits_of_graph
+
+        return splits_of_graph(train, classes=classes)
     sources = {"train": as_source(train, "train")}
     if val is not None:
         sources["val"] = as_source(val, "val")

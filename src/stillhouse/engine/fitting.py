@@ -199,10 +199,26 @@ class _Selection:
                 )
                 self.job.log.write("warning", text=f"{self.stage.label}: {self.stopped}")
         else:
-            better = self.best is None or sign * scores[metric] > sign * self.best
+            better = self._is_better(sign * scores[metric], done)
         if better:
             self.best, self.best_step, self.scores = scores[metric], done, scores
             self._write_kept()
+
+    def _is_better(self, figure: float, done: int) -> bool:
+        """Whether a state is the best so far; ends a training that waits too long for one."""
+        keep = self.keep
+        assert isinstance(keep, Best)
+        higher = self.job.task.higher_is_better
+        best = None if self.best is None else self.best if higher else -self.best
+        reached = best is None or figure >= best
+        self.below = 0 if reached else self.below + 1
+        if keep.patience is not None and self.below >= keep.patience and done < self.total:
+            self.stopped = (
+                f"no validation in {keep.patience} reached the best figure; the state of step "
+                f"{self.best_step} is kept"
+            )
+            self.job.log.write("stopped", stage=self.stage.label, text=self.stopped)
+        return best is None or figure > best or (keep.latest and reached)
 
     def _write_kept(self) -> None:
         with _averaged(self.training):
@@ -376,7 +392,7 @@ def _train(
     finally:
         training.close()
     stage.figures.update(
-        steps=total,
+        steps=state.done or total,
         teacher_seconds=round(training.teacher_time(), 4),
         path=job.hardware.path,
         loop_seconds=round(time.monotonic() - began, 4),
@@ -413,8 +429,13 @@ def _warn_about_statistics(job: Job, objective: Objective) -> None:
 
 
 def _keep_of(budget: Any) -> Last | Best:
-    if getattr(budget, "select", "last") == "best":
-        return Best(metric=getattr(budget, "metric", None) or "")
+    select = getattr(budget, "select", "last")
+    if select != "last":
+        return Best(
+            metric=getattr(budget, "metric", None) or "",
+            latest=select == "latest-best",
+            patience=getattr(budget, "patience", None),
+        )
     return Last()
 
 

@@ -46,10 +46,15 @@ class Best:
     Attributes:
         metric: by name; the task's main metric when empty.
         split: "val" by default.
+        latest: of equal figures the last state counts, not the first.
+        patience: validations in a row that do not reach the best figure, after which the training
+            ends; None: it goes on to its end.
     """
 
     metric: str = ""
     split: str = "val"
+    latest: bool = False
+    patience: int | None = None
 
 
 @dataclass(frozen=True)

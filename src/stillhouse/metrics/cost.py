@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stillhouse.batch import RowView
 from stillhouse.errors import ModelError
 from stillhouse.net import Net
 
@@ -71,7 +72,10 @@ def macs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
+    weighted = torch.ops.aten._embedding_bag_forward_only, torch.ops.aten._embedding_bag
+    counter = FlopCounterMode(
+        display=False, custom_mapping=dict.fromkeys(weighted, _weighted_sum_flops)
+    )
     fast = mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -85,6 +89,26 @@ def macs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         with counter:
             module(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
+
+
+def _weighted_sum_flops(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of a sparse matrix times a dense one, which is a bag of weighted rows; plain bags have none.
+
+    Tensors come as their shapes.
+    """
+    if per_sample_weights is None:
+        return 0
+    return 2 * int(math.prod(indices)) * int(weight[1])
 
 
 @contextmanager
@@ -116,6 +140,8 @@ def rows_of(view: Any, count: int) -> Any:
             raise ModelError("a view without rows cannot be measured")
         index = torch.arange(count, device=view.device) % len(view)
         return view.index_select(0, index).contiguous()
+    if isinstance(view, RowView) and len(view):
+        return view.select(torch.arange(count) % len(view))
     if isinstance(view, Mapping):
         return {key: rows_of(value, count) for key, value in view.items()}
     if isinstance(view, (list, tuple)) and view:

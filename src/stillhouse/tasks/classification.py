@@ -116,7 +116,7 @@ class Classification(Task):
         try:
             with torch.no_grad():
                 out = net(view.to(device) if isinstance(view, Tensor) else view)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shape = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
             raise ModelError(
                 f"the {role} {type(net.module).__name__} cannot read the data "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.batch import Batch
+from stillhouse.batch import Batch, RowView
 from stillhouse.errors import ModelError, TeacherError, nearest
 from stillhouse.net import Net, Output
 from stillhouse.teacher import Frozen, Knowledge, Value, Want, answered
@@ -246,7 +246,7 @@ def _joined(pieces: Sequence[Output]) -> Output:
 
 
 def _moved(view: Any, device: torch.device) -> Any:
-    if isinstance(view, Tensor):
+    if isinstance(view, (Tensor, RowView)):
         return view.to(device)
     if isinstance(view, Mapping):
         return {k: _moved(v, device) for k, v in view.items()}
