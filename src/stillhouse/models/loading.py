@@ -264,6 +264,10 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
         facts["length"] = shape["length"]
     if "vocabulary" in about:
         facts["vocabulary"] = about["vocabulary"]
+    if about.get("categories"):
+        # Of detectors; torchvision's count the background too.
+        facts["categories"] = len(about["categories"])
+        facts["num_classes"] = len(about["categories"]) + 1
     return facts
 
 
@@ -328,6 +332,9 @@ def _torchvision(
     wanted = options.get("num_classes")
     own = len(_published_classes(published))
     options.setdefault("num_classes", _facts(about).get("num_classes", own or 1000))
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        # A fresh start is one: a detector would fetch its backbone's weights by itself.
+        options.setdefault("weights_backbone", None)
     model = f"torchvision:{name}"
     if weights != PRETRAINED and weights not in published:
         module = _built(model, lambda: models.get_model(name, weights=None, **options))
