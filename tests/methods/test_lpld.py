@@ -11,7 +11,7 @@ from torch import nn
 from stillhouse import catalogue
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
-from stillhouse.losses.detection import feature_distance, foreground_kl
+from stillhouse.losses.detection import feature_distance
 from stillhouse.models.detector_net import background_first, background_last
 from stillhouse.parts.ema import EMA
 
@@ -98,9 +98,7 @@ def test_a_background_that_comes_first_gives_the_same_step(golden):
     assert torch.equal(keep, case["keep"])
     z = background_last(first["z_student"])
     classes = int(case["num_classes"])
-    loss = lpld.low_loss(
-        z[keep], turned["z_teacher"][keep, :classes], case["weight_ref"][keep]
-    )
+    loss = lpld.low_loss(z[keep], turned["z_teacher"][keep, :classes], case["weight_ref"][keep])
     torch.testing.assert_close(loss, case["loss_ref"].double(), rtol=1e-6, atol=1e-9)
 
 

@@ -85,8 +85,9 @@ class BoxSource:
             where = f"{self.name}, image '{self.names[row]}'"
             if len(own) != len(kinds):
                 raise DataError(f"{where}: {len(own)} boxes and {len(kinds)} labels")
-            if not bool(torch.isfinite(own).all()) or bool((own[:, 2:] <= own[:, :2]).any()):
-                bad = int((~(torch.isfinite(own).all(1) & (own[:, 2:] > own[:, :2]).all(1))).nonzero()[0])  # fmt: skip
+            sound = torch.isfinite(own).all(1) & (own[:, 2:] > own[:, :2]).all(1)
+            if not bool(sound.all()):
+                bad = int((~sound).nonzero()[0, 0])
                 raise DataError(
                     f"{where}: box {bad} is {own[bad].tolist()}; left < right and top < bottom are "
                     "needed (left, top, right, bottom in pixels)"
@@ -149,9 +150,7 @@ class BoxSource:
             sample["ignored"] = self.ignored[index]
         if self.instances is not None:
             maps = self.instances
-            sample["instances"] = (
-                maps[index] if isinstance(maps, Tensor) else maps(index)
-            ).long()
+            sample["instances"] = (maps[index] if isinstance(maps, Tensor) else maps(index)).long()
         if turn:
             sample["x"] = image.flip(-1)
             sample["boxes"] = flipped(boxes, image.shape[-1])

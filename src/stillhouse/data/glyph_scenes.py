@@ -162,8 +162,8 @@ class GlyphScenes(DataSet[SceneOptions]):
         sizes = held["counts"].tolist()
         number = torch.full((10,), -1, dtype=torch.int64)
         number[torch.tensor(classes)] = torch.arange(len(classes))
-        boxes = list(held["boxes"].split(sizes))
-        labels = [number[own] for own in held["labels"].split(sizes)]
+        boxes = list(torch.split(held["boxes"], sizes))
+        labels = [number[own] for own in torch.split(held["labels"], sizes)]
         instances = held["instances"] if options.instances else None
         if options.novel and role != "test":
             seen = [own < len(base) for own in labels]
@@ -355,7 +355,9 @@ def _tinted(
     brightness = low + share * (high - low)
     tint = (torch.rand(3, generator=rng) - 0.5) * 0.3
     colour = (brightness + tint - tint.mean()).clamp(0.0, 1.0)
-    made[:, top : top + height, left : left + width] = spot * (1 - ink) + colour[:, None, None] * ink
+    made[:, top : top + height, left : left + width] = (
+        spot * (1 - ink) + colour[:, None, None] * ink
+    )
     return made
 
 
@@ -443,5 +445,3 @@ def _bytes(image: Tensor) -> Tensor:
 def _whole(rng: Generator, low: int, high: int) -> int:
     """A whole number from `low` to `high`, both included."""
     return int(torch.randint(low, max(low, high) + 1, (), generator=rng))
-
-

@@ -19,9 +19,7 @@ _BINS = 2048  # cells of a score where several processes add up what each has se
 SIZES = ("all", "small", "medium", "large")
 
 
-def average_precision(
-    scores: Tensor, hits: Tensor, positives: int, rule: Rule = "area"
-) -> float:
+def average_precision(scores: Tensor, hits: Tensor, positives: int, rule: Rule = "area") -> float:
     """Average precision of detections of one class.
 
     Args:
@@ -196,9 +194,7 @@ class Detections:
             )
             # What finds nothing is a mistake of this size only where it has this size itself.
             counted = ~skipped & ((found >= 0) | self._within(boxes, name))
-            self._seen.setdefault((size, kind), []).append(
-                (scores[counted], (found >= 0)[counted])
-            )
+            self._seen.setdefault((size, kind), []).append((scores[counted], (found >= 0)[counted]))
             self.positives[size, kind] += float((~outside).sum())
             sure = (scores >= self.confident) & (found >= 0) & ~skipped
             self.missed[size, kind] += float((~outside).sum()) - float(sure.sum())
@@ -281,8 +277,8 @@ class Detections:
             base = [k for k in range(self.categories) if k not in self.novel]
             figures[f"{name}_base"] = _mean([whole[k] for k in base])
             figures[f"{name}_novel"] = _mean([whole[k] for k in self.novel])
-        for size, suffix in ((0, ""), (1, "_small")):
-            positives, missed = float(self.positives[size].sum()), float(self.missed[size].sum())
+        for place, suffix in ((0, ""), (1, "_small")):
+            positives, missed = float(self.positives[place].sum()), float(self.missed[place].sum())
             figures[f"recall{suffix}"] = 1.0 - missed / positives if positives else float("nan")
             figures[f"missed{suffix}"] = missed
         figures["false_alarms"] = float(self.false.sum())

@@ -89,6 +89,8 @@ class DetectorNet(Net):
         ModelError: another kind of module.
     """
 
+    module: Any  # of a library without types
+
     def __init__(self, module: nn.Module, **settings: Any) -> None:
         lacking = [name for name in _PARTS if not hasattr(module, name)]
         heads = getattr(module, "roi_heads", None)
@@ -251,10 +253,10 @@ class DetectorNet(Net):
         whole = logits.float().softmax(1) if probabilities is None else probabilities
         classes = whole.shape[1] - 1
         sizes = [len(each) for each in boxes]
-        places = self.coded(deltas.float(), torch.cat(list(boxes)), classes).split(sizes)
+        placed = self.coded(deltas.float(), torch.cat(list(boxes)), classes)
+        places, owns = torch.split(placed, sizes), torch.split(whole[:, :classes], sizes)
         found = []
-        for own, place, size in zip(whole[:, :classes].split(sizes), places, features.sizes,
-                                    strict=True):  # fmt: skip
+        for own, place, size in zip(owns, places, features.sizes, strict=True):
             rows, labels = (own > least).nonzero(as_tuple=True)
             spots = clipped(place[rows, labels], *size)
             large = ((spots[:, 2:] - spots[:, :2]) >= _SMALLEST).all(1)
@@ -271,7 +273,7 @@ class DetectorNet(Net):
 
 
 def background_last(logits: Tensor) -> Tensor:
-    """torchvision's order of classes (background first) to ours (background last)."""
+    """From torchvision's order of classes (background first) to ours (background last)."""
     return torch.cat([logits[:, 1:], logits[:, :1]], dim=1)
 
 
@@ -298,7 +300,9 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 def frozen_norms(module: nn.Module) -> list[nn.Module]:
     """The batch normalisations of a module, now fixed: no statistics move, no weight learns."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[nn.Module] = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
     for norm in norms:
         norm.eval()
         norm.requires_grad_(False)

@@ -120,7 +120,7 @@ class SmallFasterRCNN(nn.Module):
         self.roi_heads = detector.roi_heads
 
     def forward(self, images: Any) -> list[dict[str, Tensor]]:
-        """torchvision's answer in eval mode: boxes, labels (background 0) and scores."""
+        """As torchvision answers in eval mode: boxes, labels (background 0) and scores."""
         held, _ = self.transform(list(images), None)
         maps = self.backbone(held.tensors)
         proposals, _ = self.rpn(held, maps, None)
@@ -171,7 +171,7 @@ def _torchvision_detector(backbone: nn.Module, classes: int, **settings: Any) ->
 
 
 class _Predictor(nn.Module):
-    """torchvision's box predictor, by its names."""
+    """As torchvision's box predictor, by its names."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()

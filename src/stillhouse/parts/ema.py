@@ -102,7 +102,7 @@ class EMA(nn.Module):
         self.module = copy.deepcopy(source).requires_grad_(False).eval()
         # In a tuple it is no child: the original is saved and trained by whoever owns it.
         self._source = (source,)
-        self.decay, self.when, self.buffers, self.truncate = decay, when, buffers, truncate
+        self.decay, self.when, self.rule, self.truncate = decay, when, buffers, truncate
 
     def train(self, mode: bool = True) -> EMA:
         """The average stays in eval mode."""
@@ -129,9 +129,9 @@ class EMA(nn.Module):
         source = self._source[0]
         average_into(dict(self.module.named_parameters()), dict(source.named_parameters()), decay)
         held, new = dict(self.module.named_buffers()), dict(source.named_buffers())
-        if self.buffers == "copy":
+        if self.rule == "copy":
             average_into(held, new, 0.0)
-        elif self.buffers == "mean":
+        elif self.rule == "mean":
             average_into(held, new, decay, truncate=self.truncate)
 
     def restart(self) -> None:

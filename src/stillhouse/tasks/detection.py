@@ -361,7 +361,8 @@ def _image(value: Any) -> Tensor:
     if value.ndim != 3 or value.shape[0] not in {1, 3}:
         raise DataError(f"a tensor of shape {tuple(value.shape)} is no image (3, H, W)")
     image = value.float() / 255.0 if value.dtype == torch.uint8 else value.float()
-    return image.expand(3, -1, -1)
+    colour: Tensor = image.expand(3, -1, -1)
+    return colour
 
 
 def _number(options: Mapping[str, Any], name: str, default: float) -> float:

@@ -49,7 +49,7 @@ from stillhouse.objective import Count, Objective
 from stillhouse.parts.boxes import decode, iou
 from stillhouse.parts.ema import EMA
 from stillhouse.parts.strong_views import StrongView
-from stillhouse.teacher import Knowledge, Want
+from stillhouse.teacher import Knowledge
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class LpldObjective(Objective):
         config: the settings.
     """
 
-    wants = ()
+    student: DetectorNet
 
     def __init__(self, student: DetectorNet, config: Lpld.Config) -> None:
         super().__init__(student)
@@ -167,7 +167,8 @@ class LpldObjective(Objective):
         """The batch with its strong view and its pseudo-labels."""
         c = self.config
         made = Batch(batch, strong=self._strong(batch, clock))
-        teacher: DetectorNet = self.average.module
+        teacher = self.average.module
+        assert isinstance(teacher, DetectorNet)
         features = teacher.features(batch.view("x"))
         proposals = teacher.propose(features)
         feature, logits, deltas = teacher.roi(features, proposals)
@@ -178,9 +179,9 @@ class LpldObjective(Objective):
         made["low_boxes"], made["low_logits"], made["low_features"] = [], [], []
         rows = zip(
             proposals,
-            logits.split(sizes),
-            deltas.split(sizes),
-            feature.split(sizes),
+            torch.split(logits, sizes),
+            torch.split(deltas, sizes),
+            torch.split(feature, sizes),
             made["hpl_boxes"],
             strict=True,
         )
@@ -242,7 +243,7 @@ class LpldObjective(Objective):
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The detector's four terms on the pseudo-labels, and `low` where any is kept."""
-        student: DetectorNet = self.student
+        student = self.student
         features = student.features(batch["strong"])
         terms: dict[str, Tensor] = {}
         rows = [i for i, use in enumerate(batch.get("trained", [True] * len(features))) if use]
