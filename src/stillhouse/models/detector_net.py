@@ -98,8 +98,8 @@ class DetectorNet(Net):
         if lacking:
             raise ModelError(
                 f"a {type(module).__name__} is no two-stage detector: it has no "
-                f"{', '.join(lacking)}; torchvision's fasterrcnn_* and stillhouse:small-faster-rcnn "
-                "have"
+                f"{', '.join(lacking)}, as torchvision's fasterrcnn_* and "
+                "stillhouse:small-faster-rcnn have"
             )
         super().__init__(module, **{"answer": "boxes", **settings})
 
@@ -236,8 +236,9 @@ class DetectorNet(Net):
             boxes: B tensors of regions, as given to `roi`.
             logits: (N, C + 1), background last.
             deltas: (N, 4 C) or (N, 4).
-            score: least score; the detector's own when not given. Likewise `nms`, the largest
-                overlap of two detections of a class, and `limit`, the most of an image.
+            score: least score; the detector's own when not given, as for the next two.
+            nms: largest overlap of two detections of a class.
+            limit: most detections of an image.
             probabilities: (N, C + 1) in place of the softmax of the logits (ensembles).
 
         Returns:
