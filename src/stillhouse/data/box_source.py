@@ -23,14 +23,15 @@ class BoxSource:
     A batch has "x": (B, 3, H, W) in [0, 1] where all sizes are equal, else a list; "boxes": a
     list of (n, 4) float32 in pixels (left, top, right, bottom); "target": a list of (n,) int64
     classes from 0; and, where given, "ignored": a list of (n,) bool for boxes that are neither
-    learned nor counted, and "instances": (B, H, W) or a list of (H, W) int64 maps in which pixel
-    value k stands for box k - 1.
+    learned nor counted, "crowd": likewise for those that stand for many, and "instances":
+    (B, H, W) or a list of (H, W) int64 maps in which pixel value k stands for box k - 1.
 
     Args:
         images: (N, 3, H, W) uint8, or a function from a position to (3, H, W) uint8.
         boxes: per image (n, 4).
         labels: per image (n,).
         ignored: per image (n,) bool.
+        crowd: per image (n,) bool, boxes that stand for many objects; ignored too.
         instances: (N, H, W), or a function from a position.
         names: of the images, for messages and predictions.
         ids: (N,) content ids; positions when not given.
@@ -54,6 +55,7 @@ class BoxSource:
         labels: Sequence[Tensor],
         *,
         ignored: Sequence[Tensor] | None = None,
+        crowd: Sequence[Tensor] | None = None,
         instances: Tensor | Reader | None = None,
         names: Sequence[str] | None = None,
         ids: Tensor | None = None,
@@ -68,6 +70,7 @@ class BoxSource:
         self.boxes = [b.float().reshape(-1, 4) for b in boxes]
         self.labels = [t.long().reshape(-1) for t in labels]
         self.ignored = None if ignored is None else [f.bool().reshape(-1) for f in ignored]
+        self.crowd = None if crowd is None else [f.bool().reshape(-1) for f in crowd]
         self.names = list(names) if names is not None else [str(i) for i in range(len(boxes))]
         self.ids = torch.arange(len(self.boxes)) if ids is None else ids
         self._check(categories)
@@ -105,7 +108,13 @@ class BoxSource:
         """A hash of the content, the ids and the augmentation."""
         if not self._fingerprint:
             digest = hashlib.sha256(repr((self.name, self._content, self.flip)).encode())
-            held: list[Tensor] = [self.ids, *self.boxes, *self.labels, *(self.ignored or ())]
+            held: list[Tensor] = [
+                self.ids,
+                *self.boxes,
+                *self.labels,
+                *(self.ignored or ()),
+                *(self.crowd or ()),
+            ]
             held += [v for v in (self.images, self.instances) if isinstance(v, Tensor)]
             for value in held:
                 flat = value.detach().cpu().contiguous().reshape(-1)
@@ -146,8 +155,9 @@ class BoxSource:
         image = image.float().div(255.0) if image.dtype == torch.uint8 else image
         boxes = self.boxes[index]
         sample: Sample = {"x": image, "boxes": boxes, "target": self.labels[index]}
-        if self.ignored is not None:
-            sample["ignored"] = self.ignored[index]
+        for name, flags in (("ignored", self.ignored), ("crowd", self.crowd)):
+            if flags is not None:
+                sample[name] = flags[index]
         if self.instances is not None:
             maps = self.instances
             sample["instances"] = (maps[index] if isinstance(maps, Tensor) else maps(index)).long()
