@@ -115,7 +115,7 @@ class FileImages:
             image = Image.fromarray(pixels)
             pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
         if self.options.corruption == "none":
-            return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+            return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
         rng = generator("weather", self.key, name)
         kind, strength = self.options.corruption, self.options.strength
         return corrupted(as_tensor(pixels), kind, rng, strength=strength)
@@ -129,7 +129,7 @@ class FileImages:
             from PIL import Image
 
             held = np.asarray(Image.fromarray(held).resize(size[::-1], Image.Resampling.NEAREST))
-        return torch.from_numpy(np.ascontiguousarray(held)).long()
+        return torch.from_numpy(np.array(held)).long()
 
 
 def reduced(size: Sequence[int], longest: int | None) -> tuple[int, int]:

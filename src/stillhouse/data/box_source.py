@@ -117,10 +117,8 @@ class BoxSource:
             ]
             held += [v for v in (self.images, self.instances) if isinstance(v, Tensor)]
             for value in held:
-                flat = value.detach().cpu().contiguous().reshape(-1)
                 digest.update(str((tuple(value.shape), value.dtype)).encode())
-                if flat.numel():
-                    digest.update(flat.view(torch.uint8).numpy().data)
+                digest.update(value.detach().cpu().numpy().tobytes())
             self._fingerprint = digest.hexdigest()[:32]
         return self._fingerprint
 
