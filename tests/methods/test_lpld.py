@@ -6,14 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stillhouse import catalogue
+from stillhouse.artifact import plain_state
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.launch import open_job, run
 from stillhouse.losses.detection import feature_distance
 from stillhouse.models.detector_net import background_first, background_last
 from stillhouse.parts.ema import EMA
+from stillhouse.parts.strong_views import StrongView, blurred, hue_turned
+from stillhouse.recipe import load_recipe
+from stillhouse.recipe_models import Given, open_method
+from stillhouse.teacher import Knowledge
 
 Lpld: Any = catalogue.load("lpld")
 lpld = __import__(Lpld.__module__, fromlist=["low_confidence"])
@@ -141,3 +149,323 @@ def test_pseudo_labels_score_strictly_more_than_the_threshold(golden):
     kept, labels = objective._confident(Batch(), None, found)
     assert torch.equal(kept[0], boxes[case["keep"]])
     assert torch.equal(labels[0], case["classes"][case["keep"]])
+
+
+# ----------------------------------------------------------------------------- properties
+def test_the_hand_value_of_the_sheet():
+    student, teacher = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    loss = lpld.low_loss(student, teacher, torch.ones(1))
+    torch.testing.assert_close(loss, torch.tensor(0.0305314), rtol=0, atol=5e-8)
+
+
+def test_it_is_linear_in_the_distance_and_nothing_without():
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(4, 4, generator=rng), torch.randn(4, 3, generator=rng)
+    weight = torch.rand(4, generator=rng)
+    once = lpld.low_loss(student, teacher, weight)
+    torch.testing.assert_close(lpld.low_loss(student, teacher, 3 * weight), 3 * once)
+    assert lpld.low_loss(student, teacher, torch.zeros(4)) == 0
+    learnt = weight.clone().requires_grad_(True)
+    z = student.clone().requires_grad_(True)
+    lpld.low_loss(z, teacher, learnt).backward()
+    assert learnt.grad is None
+    assert z.grad.abs().sum() > 0
+
+
+def filters(peak=0.95, background=0.5, overlap=0.0):
+    """One proposal of three classes with these figures, and a pseudo-label."""
+    q = torch.tensor([peak, (1 - peak) / 2, (1 - peak) / 2], dtype=torch.float64)
+    p = torch.cat([q * (1 - background), torch.tensor([background], dtype=torch.float64)])
+    box = torch.tensor([[0.0, 0.0, 100.0, 100.0]], dtype=torch.float64)
+    # a label inside the box with area `overlap` of it: their IoU is the share
+    label = torch.tensor([[0.0, 0.0, 100.0 * overlap, 100.0]], dtype=torch.float64)
+    return lpld.low_confidence(
+        box, p.log()[None], torch.zeros(1, 12, dtype=torch.float64),
+        label if overlap else label + torch.tensor([500.0, 0, 600, 0], dtype=torch.float64),
+    )  # fmt: skip
+
+
+def test_what_is_kept_at_the_borders():
+    assert len(filters().keep) == 1
+    assert len(filters(overlap=0.40).keep) == 1
+    assert len(filters(overlap=0.41).keep) == 0
+    assert len(filters(peak=0.901).keep) == 1
+    assert len(filters(peak=0.89).keep) == 0
+    assert len(filters(background=0.985).keep) == 1
+    assert len(filters(background=0.995).keep) == 0
+
+
+def test_without_the_class_filter_only_the_overlap_decides():
+    logits = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]])
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]])
+    deltas, label = torch.zeros(2, 8), boxes[:1]
+    assert lpld.low_confidence(boxes, logits, deltas, label).keep.tolist() == []
+    assert lpld.low_confidence(boxes, logits, deltas, label, by_class=False).keep.tolist() == [1]
+    none = label[:0]
+    assert lpld.low_confidence(boxes, logits, deltas, none, by_class=False).keep.tolist() == []
+
+
+def test_deltas_equal_for_all_classes_move_the_box_too():
+    logits = torch.tensor([[5.0, 0.0, 0.0]])
+    box, deltas = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[10.0, 0.0, 0.0, 0.0]])
+    moved = lpld.low_confidence(box, logits, deltas, box).boxes
+    torch.testing.assert_close(moved, torch.tensor([[10.0, 0.0, 20.0, 10.0]]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_strong_view_keeps_the_frame(seed):
+    image = torch.rand(3, 40, 56, generator=torch.Generator().manual_seed(9))
+    before = image.clone()
+    view = StrongView()(image, torch.Generator().manual_seed(seed))
+    again = StrongView()(image, torch.Generator().manual_seed(seed))
+    assert view.shape == image.shape
+    assert torch.equal(view, again)
+    assert torch.equal(image, before)
+    assert view.min() >= 0
+    assert view.max() <= 1
+
+
+def test_hue_and_saturation_are_torchvisions():
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    image = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(1))
+    for turn in (-0.3, 0.08, 0.5):
+        torch.testing.assert_close(
+            hue_turned(image, turn), functional.adjust_hue(image, turn), atol=2e-5, rtol=0
+        )
+    blurry = functional.gaussian_blur(image, [7, 7], [1.0, 1.0])
+    torch.testing.assert_close(blurred(image, 1.0), blurry, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------- a step
+EVERYTHING = {"peak": 0.0, "background": 1.0, "overlap": 1.0}  # where there is a pseudo-label
+
+
+def opened(tmp_path, **settings):
+    """A detector that speaks, its objective, and a batch that is ready."""
+    recipe = load_recipe({**Lpld.example(0), "settings": settings, "compare": []})
+    job = open_job(recipe, tmp_path)
+    method = open_method(recipe)
+    teacher = job.teacher()
+    with torch.no_grad():  # nearly untrained, its scores are flat: make it sure of some boxes
+        teacher.guest().module.module.roi_heads.box_predictor.cls_score.weight.mul_(60)
+    objective = method.objective(job, job.student(), teacher).train()
+    order = method.order(job)
+    batch = order.read(torch.arange(4), job.views())
+    return job, objective, teacher, batch
+
+
+def prepared(objective, batch, clock=None):
+    with torch.no_grad():
+        return objective.prepare(batch, clock or Clock())
+
+
+def found(objective, batch):
+    torch.manual_seed(0)
+    return objective(batch, Knowledge.none, Clock())
+
+
+def test_without_a_pseudo_label_the_terms_are_the_detectors_alone(tmp_path):
+    _, objective, _, batch = opened(tmp_path)
+    ready = prepared(objective, batch)
+    assert sum(map(len, ready["hpl_boxes"])) > 0
+    for name in ("low_boxes", "low_logits", "low_features"):
+        ready[name] = [own[:0] for own in ready[name]]
+    assert objective.count(ready) == {"": 4, "low": 0}
+    terms = found(objective, ready)
+    torch.manual_seed(0)
+    features = objective.student.features(ready["strong"])
+    alone = objective.student.losses(features, ready["hpl_boxes"], ready["hpl_labels"])
+    assert terms.keys() == alone.keys()
+    assert all(torch.equal(terms[name], alone[name]) for name in alone)
+
+
+def test_the_gradient_reaches_the_backbone_and_no_teacher(tmp_path):
+    _, objective, teacher, batch = opened(tmp_path, **EVERYTHING)
+    ready = prepared(objective, batch)
+    assert objective.count(ready)["low"] > 0
+    found(objective, ready)["low"].backward()
+    first = objective.student.module.backbone.layers[0].weight
+    assert first.grad.abs().sum() > 0
+    assert all(p.grad is None for p in objective.average.parameters())
+    assert all(p.grad is None for p in teacher.guest().module.parameters())
+
+
+def test_batches_are_averaged_over_kept_boxes(tmp_path):
+    _, objective, _, batch = opened(tmp_path, **EVERYTHING)
+    ready = prepared(objective, batch)
+    objective.eval()
+    whole = found(objective, ready)["low"].detach()
+    total, boxes = 0.0, 0
+    for part in ready.split(4):
+        count = objective.count(part)["low"]
+        if count:
+            total += float(found(objective, part)["low"].detach()) * count
+            boxes += count
+    assert boxes == objective.count(ready)["low"]
+    assert total / boxes == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_images_without_a_label_are_left_out_when_told(tmp_path):
+    _, objective, _, batch = opened(tmp_path, skip_empty=True, threshold=0.999)
+    ready = prepared(objective, batch)
+    ready["hpl_boxes"] = [own[:0] for own in ready["hpl_boxes"]]
+    ready["hpl_boxes"][2] = torch.tensor([[2.0, 2.0, 12.0, 12.0]])
+    ready["hpl_labels"] = [torch.zeros(len(b), dtype=torch.int64) for b in ready["hpl_boxes"]]
+    ready["trained"] = [len(own) > 0 for own in ready["hpl_boxes"]]
+    for name in ("low_boxes", "low_logits", "low_features"):
+        ready[name] = [own[:0] for own in ready[name]]
+    assert objective.count(ready) == {"": 1, "low": 0}
+    own = found(objective, ready)
+    torch.manual_seed(0)
+    features = objective.student.features(ready["strong"][2:3])
+    alone = objective.student.losses(features, ready["hpl_boxes"][2:3], ready["hpl_labels"][2:3])
+    for name, value in alone.items():
+        torch.testing.assert_close(own[name], value)
+    ready["trained"] = [False] * 4
+    assert objective.count(ready) == {"": 0, "low": 0}  # the loop then refuses the step
+    assert found(objective, ready) == {}
+
+
+def test_the_strong_view_is_what_makes_a_distance(tmp_path):
+    for strong, wanted in ((False, 0.0), (True, 1e-4)):
+        _, objective, _, batch = opened(tmp_path / str(strong), strong=strong, **EVERYTHING)
+        ready = prepared(objective, batch)
+        found(objective.eval(), ready)
+        distance = float(objective.notes["distance"])
+        assert distance < 1e-6 if not strong else distance > wanted
+
+
+def test_views_are_of_the_row_and_the_step_alone(tmp_path):
+    _, objective, _, batch = opened(tmp_path)
+    whole = prepared(objective, batch, Clock(step=3))["strong"]
+    part = prepared(objective, batch.narrow(2, 3), Clock(step=3))["strong"]
+    assert torch.equal(whole[2], part[0])
+    other = prepared(objective, batch, Clock(step=4))["strong"]
+    assert not torch.equal(whole[2], other[2])
+
+
+def test_the_oracle_sees_the_true_boxes(tmp_path):
+    _, objective, _, batch = opened(tmp_path, labels="true", low_weight=0.0)
+    ready = prepared(objective, batch)
+    for own, true in zip(ready["hpl_boxes"], batch["boxes"], strict=True):
+        torch.testing.assert_close(own, true)  # images are not resized here
+    assert sum(map(len, ready["low_boxes"])) == 0
+
+
+def test_norms_stay_as_the_source_left_them(tmp_path):
+    job, objective, _, _ = opened(tmp_path)
+    norms = [m for m in objective.student.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms]
+    job.fit("student", objective, job.order("train"))
+    assert norms
+    assert all(torch.equal(a, m.running_mean) for a, m in zip(before, norms, strict=True))
+    assert not any(m.weight.requires_grad for m in norms)
+    moved = objective.student.module.backbone.layers[0].weight
+    assert not torch.equal(moved, objective.average.module.module.backbone.layers[0].weight)
+
+
+def test_every_variant_runs_and_deploys_what_it_says(tmp_path):
+    for name in ("mean-teacher", "all-proposals", "no-distance", "oracle", "skip-empty"):
+        recipe = load_recipe({**Lpld.example(0), "variant": name, "compare": []})
+        job = open_job(recipe, tmp_path / name)
+        open_method(recipe).run(job)
+        job.log.close()
+    _, objective, _, _ = opened(tmp_path / "deploy", deploy="student")
+    assert objective.export() is objective.student
+    _, objective, _, _ = opened(tmp_path / "average")
+    assert objective.export() is objective.average.module
+    assert Lpld.variants["official"].set == {"counters": "truncate"}
+
+
+def detector(classes: int) -> nn.Module:
+    """A tiny instance of torchvision's own class."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.faster_rcnn import (
+        AnchorGenerator,
+        FastRCNNPredictor,
+        TwoMLPHead,
+    )
+    from torchvision.ops import MultiScaleRoIAlign
+
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+    backbone.out_channels = 8
+    return FasterRCNN(
+        backbone,
+        None,
+        min_size=48,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(((12, 20),), ((1.0,),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2),
+        box_head=TwoMLPHead(8 * 49, 16),
+        box_predictor=FastRCNNPredictor(16, classes),
+        rpn_post_nms_top_n_test=20,
+    )
+
+
+def test_torchvisions_own_class_handed_in_adapts(tmp_path):
+    torch.manual_seed(1)
+    source = detector(4)
+    before = {k: v.clone() for k, v in source.state_dict().items()}
+    spec = {k: v for k, v in Lpld.example(0).items() if k not in {"teacher", "student"}}
+    settings = {"threshold": 0.1, "deploy": "student", **EVERYTHING}
+    recipe = load_recipe({**spec, "settings": settings, "compare": []})
+    job = open_job(recipe, tmp_path, given=Given(student=source, teacher=source))
+    artifact = open_method(recipe).run(job)
+    after = artifact.module.module.state_dict()
+    assert after.keys() == before.keys()  # torchvision's own: its checkpoint goes back to it
+    assert all(torch.equal(before[k], v) for k, v in source.state_dict().items())
+    assert not torch.equal(after["backbone.0.weight"], before["backbone.0.weight"])
+    assert job.evaluate(artifact.module, "val")["ap50"] >= 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_torchvisions_builder_adapts(tmp_path):
+    from stillhouse.models.loading import load_model
+
+    name = "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn"
+    options = {"min_size": 64, "max_size": 64, "rpn_post_nms_top_n_test": 8,
+               "rpn_post_nms_top_n_train": 16, "num_classes": 4}  # fmt: skip
+    save_file(load_model(name, options=options).state_dict(), tmp_path / "own.safetensors")
+    model = {"model": name, "options": options}
+    recipe = load_recipe({
+        **Lpld.example(0), "student": model, "compare": [],
+        "teacher": {**model, "weights": str(tmp_path / "own.safetensors")},
+        "settings": {"threshold": 0.1, **EVERYTHING},
+        "budget": {"steps": 1, "batch": 1, "lr": 1e-3},
+    })  # fmt: skip
+    job = open_job(recipe, tmp_path / "run")
+    artifact = open_method(recipe).run(job)
+    assert artifact.model["id"] == name
+    assert job.evaluate(artifact.module, "val")["ap50"] >= 0
+
+
+# ----------------------------------------------------------------------------- bad input, kills
+def test_what_cannot_adapt_is_told_before_training(tmp_path):
+    spec = {**Lpld.example(0), "compare": []}
+    small = {**spec["student"], "options": {**spec["student"]["options"], "hidden": 8}}
+    with pytest.raises(ModelError, match=r"same network as the source.*\(8, .*\(16, "):
+        run(load_recipe({**spec, "student": small}), folder=tmp_path / "a", progress=False)
+    (tmp_path / "s").mkdir()
+    alone = {key: value for key, value in spec.items() if key != "teacher"}
+    with pytest.raises(RecipeError, match="needs a teacher"):
+        run(load_recipe(alone), folder=tmp_path / "b", progress=False)
+    with pytest.raises(RecipeError, match="threshold"):
+        run(load_recipe({**spec, "settings": {"threshold": 1.5}}), folder=tmp_path / "c")
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def test_killed_and_run_again_it_ends_the_same(tmp_path, kill_and_resume):
+    spec = {**Lpld.example(0), "compare": [], "output": {"checkpoint_minutes": 1e-6}}
+    recipe = load_recipe({**spec, "budget": {**spec["budget"], "steps": 9}})
+
+    def train(folder):
+        job = open_job(recipe, folder)
+        artifact = open_method(recipe).run(job)
+        save_file(plain_state(artifact.module), folder / "end.safetensors")
+
+    train(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    killed = kill_and_resume(lambda: train(folder), folder, kills=2)
+    assert killed
+    whole, again = (load_file(f / "end.safetensors") for f in (tmp_path / "whole", folder))
+    assert all(torch.equal(whole[k], again[k]) for k in whole)

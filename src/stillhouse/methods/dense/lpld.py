@@ -464,6 +464,8 @@ class Lpld(StudentTraining):
         if not isinstance(student, DetectorNet):
             raise ModelError(f"a {type(student.module).__name__} is no detector")
         begin_as(student, teacher.guest().module)
+        if not any(p.requires_grad for p in student.parameters()):
+            student.requires_grad_(True)  # one object was handed in as both, and frozen as teacher
         return LpldObjective(student, self.config)
 
     def run(self, job: Any) -> Artifact:
