@@ -357,7 +357,7 @@ def _image(value: Any) -> Tensor:
             array = np.repeat(array[:, :, None], 3, axis=2)
         if array.ndim != 3 or array.shape[2] != 3:
             raise DataError(f"an array of shape {array.shape} is no image (H, W, 3)")
-        value = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+        value = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     if value.ndim != 3 or value.shape[0] not in {1, 3}:
         raise DataError(f"a tensor of shape {tuple(value.shape)} is no image (3, H, W)")
     image = value.float() / 255.0 if value.dtype == torch.uint8 else value.float()
