@@ -233,3 +233,38 @@ def test_coco128_written_as_coco_reads_back_the_same(data_root, tmp_path):
         assert torch.equal(again.labels[i], source.labels[i])
     ours = read_rows(again, torch.tensor([5]), None)["x"]
     assert torch.equal(ours, read_rows(source, torch.tensor([5]), None)["x"])
+
+
+def test_a_published_detector_finds_the_objects_that_coco128_says(data_root):
+    """Reader and figures against a detector that others trained, in their own format."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from torchvision.ops import batched_nms
+
+    from stillhouse.metrics.detection import Detections
+
+    session = onnxruntime.InferenceSession(str(data_root / "fastestdet_coco" / "FastestDet.onnx"))
+    source = open_data("coco128", options={"val": 0}).judging()["test"]
+    metric = Detections(80)
+    for row in range(40):
+        batch = read_rows(source, torch.tensor([row]), None)
+        image, (height, width) = batch["x"][0], batch["x"][0].shape[-2:]
+        small = torch.nn.functional.interpolate(image[None], size=(352, 352), mode="bilinear")
+        out = torch.from_numpy(session.run(None, {"input.1": small.flip(1).numpy()})[0])[0]
+        grid = torch.arange(22.0)
+        x, y = (grid + out[1].tanh()) / 22, (grid[:, None] + out[2].tanh()) / 22
+        w, h = out[3].sigmoid() / 2, out[4].sigmoid() / 2
+        boxes = torch.stack([x - w, y - h, x + w, y + h], -1).reshape(-1, 4)
+        boxes = boxes * torch.tensor([width, height, width, height])
+        best, labels = out[5:].max(0)
+        scores = (out[0] ** 0.6 * best**0.4).flatten()
+        kept = batched_nms(boxes, scores, labels.flatten(), 0.5)
+        kept = kept[scores[kept] > 0.01]
+        found = (boxes[kept], scores[kept], labels.flatten()[kept])
+        metric.add(*found, batch["boxes"][0], batch["target"][0])
+    figures = metric.compute()
+    assert figures["ap50"] > 0.15  # it reaches 0.25 on all of COCO
+    assert figures["ap50_large"] > figures["ap50_small"]
+    wrong = Detections(80)
+    wrong.add(boxes[kept].flip(1), scores[kept], labels.flatten()[kept], batch["boxes"][0],
+              batch["target"][0])  # fmt: skip
+    assert wrong.compute()["ap50"] == 0
