@@ -130,6 +130,8 @@ def test_terms_are_named_finite_scalars_and_forward_changes_no_state(entry, tmp_
     objective.eval()
     clock = job.clock("x")
     state = {k: v.clone() for k, v in objective.state_dict().items()}
+    with torch.no_grad():
+        batch = objective.prepare(batch, clock)
     first = objective(batch, known(teacher, batch), clock)
     second = objective(batch, known(teacher, batch), clock)
     assert first

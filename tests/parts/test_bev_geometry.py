@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.parts.bev_grid import Grid, sample_maps
-from stillhouse.parts.boxes import (
+from stillhouse.parts.bev_boxes import (
     corners,
     ground_corners,
     into_box,
@@ -20,6 +19,7 @@ from stillhouse.parts.boxes import (
     points_per_box,
     wrapped,
 )
+from stillhouse.parts.bev_grid import Grid, sample_maps
 from stillhouse.parts.cameras import not_hidden, on_ground, pixel_rays, project, visible
 from stillhouse.parts.centre_maps import (
     at_centres,

@@ -267,6 +267,10 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
         facts["vocabulary"] = about["vocabulary"]
     # What a kind of data says of its models' shape beyond these, by the constructors' names.
     facts.update(about.get("facts", {}))
+    if about.get("categories"):
+        # Of detectors; torchvision's count the background too.
+        facts["categories"] = len(about["categories"])
+        facts["num_classes"] = len(about["categories"]) + 1
     return facts
 
 
@@ -331,10 +335,10 @@ def _torchvision(
     wanted = options.get("num_classes")
     own = len(_published_classes(published))
     options.setdefault("num_classes", _facts(about).get("num_classes", own or 1000))
-    model = f"torchvision:{name}"
-    # Else a detector or segmentation network downloads a backbone, whatever `weights` says.
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        # Else a detector or segmentation network fetches a backbone, whatever `weights` says.
         options.setdefault("weights_backbone", None)
+    model = f"torchvision:{name}"
     if weights != PRETRAINED and weights not in published:
         module = _built(model, lambda: models.get_model(name, weights=None, **options))
         return _with_weights(module, weights, model)

@@ -1,8 +1,7 @@
-"""Boxes that stand on the ground: corners, points within, frames, in torch and batched.
+"""Boxes in images: overlap, the usual coding by four differences, flips and changes of size.
 
-A box is (x, y, z, l, w, h, yaw, ...): its centre, its sizes along its own axes, the angle of
-its length against the x axis, counter-clockwise seen from above; metres and radians. Further
-entries (velocity along x and y) ride along.
+A box is (left, top, right, bottom) in pixels; the right and lower edges are not inside, so its
+area is (right - left) * (bottom - top). Everything is pure and works in the dtype it is given.
 """
 
 from __future__ import annotations
@@ -12,117 +11,102 @@ import math
 import torch
 from torch import Tensor
 
-# Corners in units of half the sizes, clockwise from (-, -) as released code of many detectors.
-_CORNERS = ((-1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (1.0, -1.0))
-_EDGES = ((0, 1), (1, 2), (2, 3), (0, 3))
+CODING = (10.0, 10.0, 5.0, 5.0)
+# Regressed sizes are at most 1000/16 times those of the box they start from.
+LARGEST = math.log(1000.0 / 16.0)
 
 
-def turned(xy: Tensor, angle: Tensor) -> Tensor:
-    """Vectors (..., 2) turned counter-clockwise by angles that broadcast to (...)."""
-    cosine, sine = angle.cos(), angle.sin()
-    x, y = xy[..., 0], xy[..., 1]
-    return torch.stack([x * cosine - y * sine, x * sine + y * cosine], dim=-1)
+def areas(boxes: Tensor) -> Tensor:
+    """(..., 4) to (...): areas in square pixels; negative for turned boxes."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def ground_corners(boxes: Tensor) -> Tensor:
-    """The four corners seen from above, (..., 4, 2), clockwise from (-l/2, -w/2)."""
-    half = boxes[..., None, 3:5] / 2
-    own = half * boxes.new_tensor(_CORNERS)
-    return turned(own, boxes[..., 6, None]) + boxes[..., None, :2]
+def intersections(first: Tensor, second: Tensor) -> Tensor:
+    """(N, 4) and (M, 4) to (N, M): shared areas in square pixels."""
+    low = torch.maximum(first[:, None, :2], second[None, :, :2])
+    high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
+    return (high - low).clamp(min=0).prod(-1)
 
 
-def nine_points(boxes: Tensor) -> Tensor:
-    """Four corners, the centre, and the middles of the four edges, seen from above.
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of every pair.
+
+    Args:
+        first: (N, 4).
+        second: (M, 4).
 
     Returns:
-        (..., 9, 2) metres: corners as `ground_corners`; the mean of them; the means of corner
-        pairs (0, 1), (1, 2), (2, 3), (0, 3).
+        (N, M) in [0, 1]; 0 where two boxes share nothing, also for boxes without area.
     """
-    corners = ground_corners(boxes)
-    centre = corners.mean(-2, keepdim=True)
-    middles = [(corners[..., i, :] + corners[..., j, :]) / 2 for i, j in _EDGES]
-    return torch.cat([corners, centre, torch.stack(middles, dim=-2)], dim=-2)
+    shared = intersections(first, second)
+    union = areas(first)[:, None] + areas(second)[None, :] - shared
+    return torch.where(shared > 0, shared / torch.where(shared > 0, union, 1), 0)
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """All eight corners, (..., 8, 3): those of the bottom, then those above them."""
-    ground = ground_corners(boxes)
-    half = boxes[..., None, 5:6] / 2
-    low = (boxes[..., None, 2:3] - half).expand(*ground.shape[:-1], 1)
-    high = (boxes[..., None, 2:3] + half).expand(*ground.shape[:-1], 1)
-    return torch.cat([torch.cat([ground, low], -1), torch.cat([ground, high], -1)], dim=-2)
+def covered(first: Tensor, second: Tensor) -> Tensor:
+    """(N, M): the share of each box of `first` that lies in each box of `second`."""
+    shared = intersections(first, second)
+    return torch.where(shared > 0, shared / areas(first)[:, None], 0)
 
 
-def into_box(points: Tensor, boxes: Tensor) -> Tensor:
-    """Points in the frames of boxes: the centre is the origin, the length lies along x.
+def decode(
+    deltas: Tensor,
+    boxes: Tensor,
+    *,
+    coding: tuple[float, float, float, float] = CODING,
+    largest: float = LARGEST,
+) -> Tensor:
+    """Boxes that are `deltas` away from `boxes`; not clipped to the image.
 
     Args:
-        points: (..., N, >= 3).
-        boxes: (..., M, >= 7).
+        deltas: (N, 4) dx, dy, dw, dh: shifts of the centre in widths and heights, logarithms of
+            the change of size, each multiplied by its `coding`.
+        boxes: (N, 4) where they start.
+        coding: factors of the four.
+        largest: the logarithms are at most this.
 
     Returns:
-        (..., M, N, 3).
+        (N, 4).
     """
-    away = points[..., None, :, :3] - boxes[..., :, None, :3]
-    flat = turned(away[..., :2], -boxes[..., :, None, 6])
-    return torch.cat([flat, away[..., 2:]], dim=-1)
+    wide, high = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    centre_x, centre_y = boxes[:, 0] + 0.5 * wide, boxes[:, 1] + 0.5 * high
+    dx, dy, dw, dh = (deltas[:, i] / coding[i] for i in range(4))
+    x, y = dx * wide + centre_x, dy * high + centre_y
+    w, h = dw.clamp(max=largest).exp() * wide, dh.clamp(max=largest).exp() * high
+    return torch.stack([x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h], dim=1)
 
 
-def out_of_box(points: Tensor, boxes: Tensor) -> Tensor:
-    """The inverse of `into_box` for points (..., M, N, 3) of the boxes' own frames."""
-    flat = turned(points[..., :2], boxes[..., :, None, 6])
-    return torch.cat([flat, points[..., 2:3]], dim=-1) + boxes[..., :, None, :3]
+def encode(
+    targets: Tensor, boxes: Tensor, *, coding: tuple[float, float, float, float] = CODING
+) -> Tensor:
+    """The deltas that lead from `boxes` (N, 4) to `targets` (N, 4); the inverse of `decode`."""
+    wide, high = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    wider, higher = targets[:, 2] - targets[:, 0], targets[:, 3] - targets[:, 1]
+    dx = (targets[:, 0] + 0.5 * wider - boxes[:, 0] - 0.5 * wide) / wide
+    dy = (targets[:, 1] + 0.5 * higher - boxes[:, 1] - 0.5 * high) / high
+    parts = (dx, dy, (wider / wide).log(), (higher / high).log())
+    return torch.stack([part * factor for part, factor in zip(parts, coding, strict=True)], dim=1)
 
 
-def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
-    """Which points lie in which boxes, borders included.
+def clipped(boxes: Tensor, height: float, width: float) -> Tensor:
+    """Boxes (N, 4) cut at the borders of an image."""
+    x = boxes[:, 0::2].clamp(0, width)
+    y = boxes[:, 1::2].clamp(0, height)
+    return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+
+
+def flipped(boxes: Tensor, width: float) -> Tensor:
+    """Boxes (N, 4) of an image that is mirrored left to right."""
+    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+
+
+def resized(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) of an image that is resized.
 
     Args:
-        points: (..., N, >= 3).
-        boxes: (..., M, >= 7).
-
-    Returns:
-        (..., M, N) bool.
+        boxes: in the old image.
+        before: its height and width.
+        after: the new ones.
     """
-    away = into_box(points, boxes).abs()
-    return (away <= boxes[..., :, None, 3:6] / 2).all(-1)
-
-
-def points_per_box(points: Tensor, boxes: Tensor, present: Tensor | None = None) -> Tensor:
-    """How many points lie in each box: (..., M) int64.
-
-    Args:
-        points: (..., N, >= 3).
-        boxes: (..., M, >= 7).
-        present: (..., N) bool, which rows of `points` are points; all by default.
-    """
-    inside = points_in_boxes(points, boxes)
-    if present is not None:
-        inside = inside & present[..., None, :]
-    return inside.sum(-1)
-
-
-def moved(boxes: Tensor, angle: Tensor, mirror: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Boxes after the world is mirrored (y to -y), then turned, then shifted.
-
-    Args:
-        boxes: (B, M, 7 or 9); entries 7 and 8 are a velocity.
-        angle: (B,) radians, counter-clockwise.
-        mirror: (B,) 1 or -1; -1 mirrors.
-        shift: (B, 2) metres, or None.
-    """
-    sign = mirror[:, None]
-    centre = turned(torch.stack([boxes[..., 0], boxes[..., 1] * sign], -1), angle[:, None])
-    if shift is not None:
-        centre = centre + shift[:, None]
-    yaw = wrapped(boxes[..., 6] * sign + angle[:, None])
-    parts = [centre, boxes[..., 2:6], yaw[..., None]]
-    if boxes.shape[-1] >= 9:
-        speed = torch.stack([boxes[..., 7], boxes[..., 8] * sign], -1)
-        parts.append(turned(speed, angle[:, None]))
-    return torch.cat(parts, dim=-1)
-
-
-def wrapped(angle: Tensor) -> Tensor:
-    """Angles in [-pi, pi)."""
-    return (angle + math.pi).remainder(2 * math.pi) - math.pi
+    y, x = after[0] / before[0], after[1] / before[1]
+    return boxes * boxes.new_tensor([x, y, x, y])
