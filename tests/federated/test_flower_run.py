@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -302,7 +303,8 @@ def test_a_simulation_killed_at_the_server_and_at_a_client_goes_on(federation, r
     made = federation(FEDAVG_KILL="client:b:1,server:1")
     made.superlink("--simulation")
     said = made.submit(recipe)
-    assert "the client app of 'b' failed" in said, said
+    # Ray's one actor is dead: whoever was asked of it next may be told of first.
+    assert re.search("FederationError: the client app of '[abc]' failed", said), said
     made.submit(recipe, stream=False)
     made.wait_for((made.folder / "killed" / "server-1").exists, "the server to be killed")
     said = made.submit(recipe)
