@@ -1,4 +1,4 @@
-"""Nodes as rows: models of both kinds, batches of some nodes, what is measured, several processes."""
+"""Nodes as rows: models of both kinds, batches of some nodes, what is measured."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def test_a_batch_of_nodes_is_selected_cut_and_split_like_any_other(task):
     assert batch["x"].index is None
     part = batch.select(torch.tensor([5, 1]))
     assert part["x"].numbers.tolist() == part["id"].tolist() == [5, 1]
-    assert [piece["x"].numbers.tolist() for piece in batch.narrow(3, 7).split(2)] == [[3, 4], [5, 6]]
+    assert [piece["x"].numbers.tolist() for piece in batch.narrow(3, 7).split(2)] == [
+        [3, 4],
+        [5, 6],
+    ]
     assert [len(piece["x"]) for piece in batch.cut([10, 50])] == [10, 50]
     assert batch.to("cpu") is batch
 
@@ -86,9 +89,7 @@ def test_a_batch_without_labels_has_no_loss(task):
 
 
 def test_size_and_speed_are_measured(task):
-    found = measure(
-        {"mlp": (task.net(NodeMLP(3, 8, width=4)), task.example_view())}, seconds=0.02
-    )
+    found = measure({"mlp": (task.net(NodeMLP(3, 8, width=4)), task.example_view())}, seconds=0.02)
     assert found["mlp"]["macs"] == 8 * 4 + 4 * 3
     assert set(found["mlp"]["latency_ms"]) == {"1", "32"}
 
