@@ -1,4 +1,4 @@
-"""Nodes as rows: models of both kinds, batches of some nodes, what is measured, several processes."""
+"""Nodes as rows: models of both kinds, batches of some nodes, what is measured."""
 
 from __future__ import annotations
 
