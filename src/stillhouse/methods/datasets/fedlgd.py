@@ -75,7 +75,12 @@ from stillhouse.stages.federation import (
     selected_rounds,
     unpacked,
 )
-from stillhouse.stages.fresh_nets import fresh_net, network_factory, tapped_net
+from stillhouse.stages.fresh_nets import (
+    fresh_net,
+    has_batch_statistics,
+    network_factory,
+    tapped_net,
+)
 from stillhouse.stages.initial_set import RealImages
 from stillhouse.stages.judge_distilled_set import Protocol, Ready, train_on
 from stillhouse.teacher import Knowledge
@@ -375,7 +380,8 @@ class VirtualClient:
             lambda label, count, rng: self.real.draw(self.present[label], count, rng),
             batch_real=config.batch_real,
             augment=DSA(config.augment, siamese=True, align_corners=False),
-            class_chunk=1,
+            class_chunk=config.class_chunk,
+            batch_statistics=has_batch_statistics(self.net),
         )
         return found.to(device=self.job.device, dtype=self.job.hardware.dtype)
 
@@ -603,6 +609,13 @@ class FedLGD(FederatedMethod):
             ge=1,
             description="real images per class and iteration",
             json_schema_extra={"source": "released code"},
+        )
+        class_chunk: int = Field(
+            1,
+            ge=0,
+            description="classes in the network at a time while distilling (memory; the result is "
+            "the same); 0: all",
+            json_schema_extra={"source": "the loss is a sum over classes"},
         )
         lr_img: float = Field(
             1.0,
