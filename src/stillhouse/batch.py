@@ -867,6 +867,12 @@ class Splits(Mapping[str, Source]):
         found._open = self._open
         return found
 
+    def replaced(self, **sources: Source) -> Splits:
+        """The same splits with some of them exchanged, such as `train` for a part of it."""
+        found = Splits({**self._sources, **sources}, self.edition, self.about)
+        found._open = self._open
+        return found
+
     def judging(self) -> Splits:
         """The same splits with `test` open; only judges call this."""
         opened = Splits(self._sources, self.edition, self.about)
