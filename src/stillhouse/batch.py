@@ -849,6 +849,11 @@ class Splits(Mapping[str, Source]):
     def __len__(self) -> int:
         return len(self._sources)
 
+    @property
+    def open(self) -> list[str]:
+        """The splits that may be read: "test" only while judging."""
+        return [role for role in self if role != "test" or self._open]
+
     def peek(self, role: str) -> int:
         """Number of samples of a split, also of a closed one."""
         return len(self._sources[role])

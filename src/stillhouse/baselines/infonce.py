@@ -29,7 +29,6 @@ from stillhouse.stages.judge_vectors import judge_vectors, tables
 from stillhouse.stages.vectors import distinct, remembered
 from stillhouse.teacher import Knowledge, Want
 
-_PART = "part"
 _WORD = re.compile(r"\S+")
 
 
@@ -50,18 +49,13 @@ class InfoNCEObjective(Objective):
         self._view = student.view
         self.wants = (Want("embedding"),) if config.pairs == "teacher" else ()
 
-    def prepare(self, batch: Batch, clock: Clock) -> Batch:
-        """Each text with a random part of it beside it, where pairs are made of texts."""
-        if self.config.pairs == "words":
-            seed, whole = clock.seed_for("part"), batch.view(self._view)
-            batch[_PART] = part_of(whole, batch["id"], seed, self.config.keep)
-        return batch
-
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The mean over rows."""
-        ours = self.student(batch.view(self._view))["embedding"]
+        whole = batch.view(self._view)
+        ours = self.student(whole)["embedding"]
         if self.config.pairs == "words":
-            theirs = self.student(batch[_PART])["embedding"]
+            part = part_of(whole, batch["id"], clock.seed_for("part"), self.config.keep)
+            theirs = self.student(part)["embedding"]
         else:
             theirs = knowledge.tensor("embedding").detach()
         return {"contrast": in_batch(ours, theirs, self.config.temperature)}
