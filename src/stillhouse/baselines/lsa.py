@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from stillhouse.artifact import Artifact
 from stillhouse.batch import read_rows
 from stillhouse.errors import RecipeError
-from stillhouse.method import Card, Method
+from stillhouse.method import Card, Method, MethodConfig
 from stillhouse.models.lsa import LatentSemantics
 
 
@@ -41,8 +42,19 @@ class Lsa(Method):
         stages=(("fit", "closed"),),
     )
 
+    class Config(MethodConfig):
+        """Settings of `lsa`."""
+
+        split: str = Field(
+            "train",
+            min_length=1,
+            description="whose texts are analysed; some data have their whole texts in another "
+            "split than what is learnt from, such as 'corpus'",
+            json_schema_extra={"source": "chosen here"},
+        )
+
     def run(self, job: Any) -> Artifact:
-        """The directions of the training texts.
+        """The directions of the texts of a split.
 
         Raises:
             RecipeError: the student is no `stillhouse:lsa`.
@@ -55,7 +67,7 @@ class Lsa(Method):
             )
 
         def fit() -> dict[str, torch.Tensor]:
-            source = job.splits["train"]
+            source = job.splits[self.config.split]
             model.fit(read_rows(source, torch.arange(len(source)), None).view("text"))
             return dict(model.state_dict())
 

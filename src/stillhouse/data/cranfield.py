@@ -64,7 +64,10 @@ class CranfieldOptions(DataOptions):
         "learned is the text with it",
     )
     val_queries: int = Field(
-        0, ge=0, description="questions, drawn by `draw`, that are judged in val and not in test"
+        45,
+        ge=0,
+        lt=225,
+        description="questions, drawn by `draw`, that are judged in val and not in test",
     )
     pairs: bool = Field(False, description="val and test hold the scored pairs of STS-B as well")
     draw: int = Field(0, description="seed of what is drawn; not the run's seed")
@@ -94,7 +97,9 @@ class Cranfield(DataSet[CranfieldOptions]):
     licence = "none stated"
     source = "github.com/oussbenk/cranfield-trec-dataset"
     files = ("retrieval/cranfield_corpus.jsonl.gz",)
-    editions: ClassVar = {"BASEHASH": "cranfield-trec"}
+    editions: ClassVar = {
+        "79961e39fdf74d7368cdca32c3606386ce1cec5251a0c94551cb777e553769ec": "cranfield-trec"
+    }
     rows: ClassVar = {"documents": 1400, "queries": 225}
     get = (
         "convert the collection to retrieval/cranfield_corpus.jsonl.gz (_id, title, text a line), "
@@ -105,7 +110,7 @@ class Cranfield(DataSet[CranfieldOptions]):
     Options = CranfieldOptions
 
     def open(self, options: CranfieldOptions, seed: int) -> Splits:
-        """Distinct texts in "train"; documents and queries in "test", and in "val" where asked.
+        """Distinct texts in "train"; the abstracts in "corpus"; what is judged in "val", "test".
 
         Views: "text"; in train `kind` (0 document, 1 query); in val and test `place` and
         `relevant`, and `pair` and `target` where there are pairs (see `tasks/embedding.py`).
@@ -118,6 +123,8 @@ class Cranfield(DataSet[CranfieldOptions]):
         kinds = torch.tensor([KINDS.index(texts[i][1]) for i in first])
         train = {"text": [sent[i] for i in first], "kind": kinds}
         sources = {"train": TensorSource(train, name=f"{self.name}/train")}
+        whole = [text for _, _, text in collection.documents if text]
+        sources["corpus"] = TensorSource({"text": whole}, name=f"{self.name}/corpus")
         order = _chosen(len(collection.queries), None, options.draw, "queries")
         parts = {"val": order[: options.val_queries], "test": order[options.val_queries :]}
         for role, rows in parts.items():

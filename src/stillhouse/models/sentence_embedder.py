@@ -119,7 +119,18 @@ class SentenceEmbedder(nn.Module):
         for number, row in enumerate(pieces):
             ids[number, : len(row)] = torch.frombuffer(row, dtype=torch.int32)
         mask = torch.arange(longest) < lengths[:, None]
-        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        return self.embed(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Vectors of word pieces.
+
+        Args:
+            ids: (B, L) int64.
+            mask: (B, L), true or 1 at real pieces.
+
+        Returns:
+            (B, width).
+        """
         states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         vectors: Tensor = self.projection(masked_mean(states, mask))
         return F.normalize(vectors, dim=-1) if self.normalise else vectors

@@ -18,6 +18,10 @@ from stillhouse.errors import DataError, ModelError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.ranking import Retrieval
 from stillhouse.metrics.similarity import PairSimilarity
+from stillhouse.models.sentence_transformer import (
+    SentenceTransformerNet,
+    is_sentence_transformer,
+)
 from stillhouse.net import Net, Output
 from stillhouse.task import Metric, Task
 
@@ -35,7 +39,9 @@ class Embedding(Task):
     main_metric: ClassVar[str] = "spearman"
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
-        """Wrap an encoder."""
+        """Wrap an encoder; one of sentence-transformers is called on raw texts."""
+        if is_sentence_transformer(module):
+            module = SentenceTransformerNet(module)
         return Net(module, answer="embedding", taps=taps)
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
