@@ -22,10 +22,11 @@ from stillhouse.recipe_models import Given
 from stillhouse.tasks import open_task
 from stillhouse.teacher import Teacher
 from stillhouse.teachers.live import Live
+from stillhouse.teachers.text_vectors import Embed, TextVectors
 
 
 def distill(
-    teacher: nn.Module | Teacher,
+    teacher: nn.Module | Teacher | Embed,
     student: nn.Module,
     train: Any,
     val: Any = None,
@@ -47,7 +48,8 @@ def distill(
     """Distil a teacher into a student with plain modules and loaders.
 
     Args:
-        teacher: a module that gives logits for the same classes, or any Teacher.
+        teacher: a module that gives logits for the same classes, any Teacher, or a function
+            from texts to vectors.
         student: a module; it is copied, and the trained copy is in the result.
         train: DataLoader, Dataset or Source of (x, target) or mappings. A loader's batch size
             is taken over unless `batch` is given. Or Splits, or one graph with its masks
@@ -159,12 +161,12 @@ class _Bare:
 
 
 def teacher(
-    module: nn.Module | Teacher | Path | str,
+    module: nn.Module | Teacher | Embed | Path | str,
     *,
     taps: Mapping[str, str] | None = None,
     answer: str = "logits",
 ) -> Teacher:
-    """A teacher from a module, a store's folder, or an artifact's folder.
+    """A teacher from a module, a function of texts, a store's folder, or an artifact's folder.
 
     Args:
         module: what knows.
@@ -189,7 +191,10 @@ def teacher(
         for alias, path in (taps or {}).items():
             net.add_tap(alias, path)
         return Live(net)
-    return module
+    if callable(module) and not hasattr(module, "knowledge"):
+        return TextVectors(module)
+    given: Teacher = module  # type: ignore[assignment]
+    return given
 
 
 def load(folder: Path | str, module: nn.Module | None = None) -> Artifact:

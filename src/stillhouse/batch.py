@@ -912,6 +912,11 @@ class Splits(Mapping[str, Source]):
     def __len__(self) -> int:
         return len(self._sources)
 
+    @property
+    def open(self) -> list[str]:
+        """The splits that may be read: "test" only while judging."""
+        return [role for role in self if role != "test" or self._open]
+
     def peek(self, role: str) -> int:
         """Number of samples of a split, also of a closed one."""
         return len(self._sources[role])
@@ -927,6 +932,12 @@ class Splits(Mapping[str, Source]):
             return self
         whole = {role: source for role, source in self._sources.items() if role != "full"}
         found = Splits({**whole, "train": self._sources["full"]}, self.edition, self.about)
+        found._open = self._open
+        return found
+
+    def replaced(self, **sources: Source) -> Splits:
+        """The same splits with some of them exchanged, such as `train` for a part of it."""
+        found = Splits({**self._sources, **sources}, self.edition, self.about)
         found._open = self._open
         return found
 

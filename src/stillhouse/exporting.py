@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from stillhouse.artifact import Artifact, plain_state
 from stillhouse.errors import MissingExtra, ModelError, RecipeError, nearest
+from stillhouse.models.sentence_embedder import SentenceEmbedder
+from stillhouse.models.sentence_transformer import SentenceTransformerNet
 from stillhouse.net import Net
 from stillhouse.opening import open_artifact
 
@@ -132,6 +134,8 @@ def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | N
     reads = settings.get("input", about.get("input"))
     if shape is not None:
         return torch.rand(2, *shape, generator=draw)
+    if settings.get("reads") == "text":
+        return list(_WORDS)
     reader: Any = getattr(module, "reader", None)
     if reader is not None:
         return reader.join([reader.row(reader.read(text).codes) for text in _WORDS])
@@ -230,6 +234,11 @@ def to_onnx(source: Source, folder: Path) -> dict[str, Any]:
     onnxruntime = _needed("onnxruntime", "export")
     _needed("onnx", "export")
     _needed("onnxscript", "export")
+    if isinstance(source.module, SentenceEmbedder):
+        source.module.tokenizer.save_pretrained(folder)
+        source = _on_pieces(source, source.module)
+    elif isinstance(source.view, list):
+        raise ModelError(f"--to onnx needs a model of numbers, and {source.name} reads raw texts")
     named = isinstance(source.view, Mapping)
     tensors = dict(source.view) if named else {"x": source.view}
     expected = answers(source.net, source.view)
@@ -251,6 +260,27 @@ def to_onnx(source: Source, folder: Path) -> dict[str, Any]:
         worst = max(worst, compared(answers(source.net, larger), run(larger), told))
     axes = {i.name: [str(size) for size in i.shape] for i in session.get_inputs()}
     return {"inputs": axes, "outputs": list(expected), "largest_difference": worst}
+
+
+class _OnPieces(nn.Module):
+    """A sentence embedder behind its tokenizer: word pieces to vectors."""
+
+    def __init__(self, embedder: SentenceEmbedder) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, view: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The vectors of `input_ids` and `attention_mask`."""
+        return {"embedding": self.embedder.embed(view["input_ids"], view["attention_mask"])}
+
+
+def _on_pieces(source: Source, module: SentenceEmbedder) -> Source:
+    """The same model as it is called after its tokenizer, which a graph cannot hold."""
+    given = module.tokenizer(
+        list(_WORDS), padding=True, truncation=True, max_length=module.length, return_tensors="pt"
+    )
+    view = {name: given[name] for name in ("input_ids", "attention_mask")}
+    return Source(source.artifact, _OnPieces(module).eval(), module, view)
 
 
 def _write_onnx(
@@ -500,34 +530,90 @@ def to_timm(source: Source, folder: Path) -> dict[str, Any]:
 def to_sentence_transformers(source: Source, folder: Path) -> dict[str, Any]:
     """What `SentenceTransformer(FOLDER)` opens: encoder, pooling, and scaling where it is set."""
     module: Any = source.module
+    if isinstance(module, SentenceTransformerNet):
+        return _st_as_it_is(source, module, folder)
+    if isinstance(module, SentenceEmbedder):
+        return _st_of_embedder(source, module, folder)
     if not is_hugging_face(module) or module.base_model is not module:
         raise ModelError(
-            "--to sentence-transformers needs a Hugging Face encoder without a head, and this is "
-            f"{source.name}"
+            "--to sentence-transformers needs a Hugging Face encoder without a head, or a model of "
+            f"texts, and this is {source.name}"
         )
-    _needed("sentence_transformers", "language")
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers import models as parts
-
     tokenizer = _tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"the tokenizer of {source.name} is not known, and sentences need one")
     settings = source.artifact.predictor.settings if source.artifact.predictor else {}
     pooling = str(settings.get("pooling", "mean"))
+    normalise = bool(settings.get("normalise"))
+    _write_st(folder, module, tokenizer, pooling=pooling, normalise=normalise)
+    ours = _pooled(module, tokenizer, pooling, normalise)
+    worst = compared({"embedding": ours}, _st_answers(folder), "the sentence encoder")
+    return {"pooling": pooling, "largest_difference": worst}
+
+
+def _st_as_it_is(source: Source, module: Any, folder: Path) -> dict[str, Any]:
+    module.model.save(str(folder))
+    ours = answers(source.net, list(_WORDS))
+    worst = compared(ours, _st_answers(folder), "the sentence encoder")
+    return {"modules": [type(m).__name__ for m in module.model], "largest_difference": worst}
+
+
+def _st_of_embedder(source: Source, module: Any, folder: Path) -> dict[str, Any]:
+    linear = module.projection if isinstance(module.projection, nn.Linear) else None
+    _write_st(
+        folder,
+        module.encoder,
+        module.tokenizer,
+        pooling="mean",
+        normalise=module.normalise,
+        linear=linear,
+        length=module.length,
+    )
+    ours = answers(source.net, list(_WORDS))
+    worst = compared(ours, _st_answers(folder), "the sentence encoder")
+    return {"pooling": "mean", "width": module.width, "largest_difference": worst}
+
+
+def _write_st(
+    folder: Path,
+    module: Any,
+    tokenizer: Any,
+    *,
+    pooling: str,
+    normalise: bool,
+    linear: nn.Linear | None = None,
+    length: int | None = None,
+) -> None:
+    """Encoder, pooling, a linear layer and scaling where there are any."""
+    package = _needed("sentence_transformers", "language")
+    parts: Any = package.sentence_transformer.modules
     encoder = folder / "encoder"
     module.save_pretrained(encoder)
     tokenizer.save_pretrained(encoder)
-    built: list[nn.Module] = [parts.Transformer(str(encoder))]
+    options = {} if length is None else {"max_seq_length": length}
+    built: list[nn.Module] = [parts.Transformer(str(encoder), **options)]
     built.append(parts.Pooling(int(module.config.hidden_size), pooling_mode=pooling))
-    if settings.get("normalise"):
+    if linear is not None:
+        dense = parts.Dense(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            activation_function=nn.Identity(),
+        )
+        dense.linear.load_state_dict(linear.state_dict())
+        built.append(dense)
+    if normalise:
         built.append(parts.Normalize())
-    SentenceTransformer(modules=built, device="cpu").save(str(folder))
+    package.SentenceTransformer(modules=built, device="cpu").save(str(folder))
     shutil.rmtree(encoder)
-    again = SentenceTransformer(str(folder), device="cpu")
-    theirs = again.encode(list(_WORDS), convert_to_tensor=True)
-    ours = _pooled(module, tokenizer, pooling, bool(settings.get("normalise")))
-    worst = compared({"embedding": ours}, {"embedding": theirs.cpu()}, "the sentence encoder")
-    return {"pooling": pooling, "largest_difference": worst}
+
+
+def _st_answers(folder: Path) -> dict[str, Tensor]:
+    """What the folder gives when it is read back by that library alone."""
+    again = _needed("sentence_transformers", "language").SentenceTransformer(
+        str(folder), device="cpu"
+    )
+    return {"embedding": again.encode(list(_WORDS), convert_to_tensor=True).cpu()}
 
 
 def _pooled(module: nn.Module, tokenizer: Any, pooling: str, normalise: bool) -> Tensor:

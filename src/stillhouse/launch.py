@@ -578,6 +578,7 @@ def _conclude(
 
 
 OURS, ALONE = "distilled", "alone"
+TEACHER_FIGURE = "teacher_"
 
 
 def _all_sides(
@@ -594,7 +595,12 @@ def _all_sides(
             figures = run_side(recipe, name, seed, place, given=given, progress=progress, redo=redo)
             sides.setdefault(label, {})[str(seed)] = figures
     teacher = getattr(main.job.models, "teacher_net", None) if main.job else None
-    if teacher is not None and main.job is not None:
+    if main.method is not None and main.method.judges_teacher:
+        told = {k: v for k, v in main.figures.items() if k.startswith(TEACHER_FIGURE)}
+        if told:
+            own = {k.removeprefix(TEACHER_FIGURE): v for k, v in told.items()}
+            sides["teacher"] = {str(recipe.seed): own}
+    elif teacher is not None and main.job is not None:
         opened = main.job.judging()
         figures = opened.once(
             "judge-teacher",

@@ -61,9 +61,11 @@ class Claim:
         text: in words.
         metric: the figure compared.
         ours: the side that should win: a method, baseline or "id/variant".
-        than: the side it is compared with, in the same form, or "teacher".
+        than: the side it is compared with, in the same form, or "teacher"; or a number in
+            quotes, which the figure is compared with.
         expect: "higher", "lower" or "equal" (within the margin).
         margin: the least difference that counts, in the metric's unit.
+        than_metric: the figure of `than`, where it is another one ("" for the same).
     """
 
     text: str
@@ -72,6 +74,7 @@ class Claim:
     than: str
     expect: Literal["higher", "lower", "equal"] = "higher"
     margin: float = 0.0
+    than_metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     variants: ClassVar[Mapping[str, Variant]] = {}
     claims: ClassVar[Sequence[Claim]] = ()
+    # Whether `judge` gives the teacher's figures too, as "teacher_NAME": it is not asked again.
+    judges_teacher: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig | None = None) -> None:
         self.config: Any = self.Config() if config is None else config

@@ -156,6 +156,10 @@ class RecipeModels:
 
     def _handed_in(self, job: Job, given: nn.Module | Teacher) -> Teacher:
         if not isinstance(given, nn.Module):
+            if callable(given) and not hasattr(given, "knowledge"):
+                from stillhouse.teachers.text_vectors import TextVectors
+
+                return TextVectors(given)
             return given
         net = given if isinstance(given, Net) else job.task.net(given, {})
         self._check_teacher(job, net.to(job.device))
@@ -184,9 +188,23 @@ class RecipeModels:
             from stillhouse.teachers.function import import_callable
 
             return import_callable(str(spec.callable), fingerprint=spec.fingerprint)
+        if "vector" in catalogue.find(self.recipe.method).card.get("needs", ()):
+            return self._vectors(spec)
         raise TeacherError(
             f"'{self.recipe.method}' asks for logits or features, which an endpoint cannot give "
             "inside a training: label first, or give the teacher as a model or a store"
+        )
+
+    def _vectors(self, spec: TeacherSpec) -> Teacher:
+        """An encoder behind an endpoint; its local server runs while it is asked."""
+        from stillhouse.stages.label import speaker_name, speaking
+        from stillhouse.teachers.text_vectors import EndpointVectors
+
+        assert spec.endpoint is not None
+        return EndpointVectors(
+            lambda: speaking(self.recipe),
+            fingerprint=speaker_name(self.recipe),
+            name=f"endpoint {spec.endpoint.model}",
         )
 
     def _opened(self, job: Job, spec: TeacherSpec) -> Net:

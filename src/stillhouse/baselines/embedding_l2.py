@@ -15,45 +15,19 @@ norm is 2 (1 - cos).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
 from stillhouse.errors import ModelError
-from stillhouse.losses.chunked import wide
+from stillhouse.losses.features import Distance, vector_distance
 from stillhouse.method import Card, MethodConfig, StudentTraining, Variant
 from stillhouse.net import Net
 from stillhouse.objective import Objective
 from stillhouse.teacher import Knowledge, Want
-
-Distance = Literal["l2sq", "l2", "mse", "cos"]
-
-
-def vector_distance(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
-    """Distance of matching vectors.
-
-    Args:
-        student: (B, D).
-        teacher: (B, D), no gradient.
-        distance: see the module's text.
-
-    Returns:
-        (B,).
-    """
-    student, teacher = wide(student), wide(teacher.detach())
-    if distance == "cos":
-        return 1.0 - F.cosine_similarity(student, teacher, dim=-1)
-    difference = student - teacher
-    if distance == "l2":
-        # The norm's own backward: 0 where both are equal, not NaN.
-        length: Tensor = difference.norm(dim=-1)
-        return length
-    square = difference.square()
-    return square.sum(-1) if distance == "l2sq" else square.mean(-1)
 
 
 class EmbeddingL2Objective(Objective):

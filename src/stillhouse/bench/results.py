@@ -138,7 +138,10 @@ def judged(results: Results, claims: Sequence[Claim]) -> list[dict[str, Any]]:
 
 def _judge(results: Results, claim: Claim) -> dict[str, Any]:
     ours = results.values(claim.ours, claim.metric)
-    than = results.values(claim.than, claim.metric)
+    fixed = number_of(claim.than)
+    than = results.values(claim.than, claim.than_metric or claim.metric)
+    if fixed is not None:
+        than = dict.fromkeys(ours, fixed)
     pairs = paired(ours, than)
     found = interval(list(pairs.values()))
     by_interval = verdict(found, claim.expect, claim.margin)
@@ -154,6 +157,7 @@ def _judge(results: Results, claim: Claim) -> dict[str, Any]:
         "metric": claim.metric,
         "ours": claim.ours,
         "than": claim.than,
+        **({"than_metric": claim.than_metric} if claim.than_metric else {}),
         "expect": claim.expect,
         "margin": claim.margin,
         "difference": found.mean if math.isfinite(found.mean) else None,
@@ -164,6 +168,14 @@ def _judge(results: Results, claim: Claim) -> dict[str, Any]:
         "seconds": took,
         "per_second": found.mean / extra if slower and extra else None,
     }
+
+
+def number_of(than: str) -> float | None:
+    """The number that a claim compares with; None where it is a side."""
+    try:
+        return float(than)
+    except ValueError:
+        return None
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -178,25 +190,24 @@ def _reason(
     found: Interval,
     by_interval: str,
 ) -> str:
-    for side in (claim.ours, claim.than):
+    compared = {claim.ours: claim.metric}
+    if number_of(claim.than) is None:
+        compared.setdefault(claim.than, claim.than_metric or claim.metric)
+    for side, metric in compared.items():
         runs = results.sides.get(side, {})
         if not runs:
             return f"the side '{side}' was not run"
-        if not any(claim.metric in figures for figures in runs.values()):
-            return f"the side '{side}' has no figure '{claim.metric}'"
+        if not any(metric in figures for figures in runs.values()):
+            return f"the side '{side}' has no figure '{metric}'"
     done = [
-        seed
-        for seed in results.seeds
-        if all(str(seed) in results.sides[side] for side in (claim.ours, claim.than))
+        seed for seed in results.seeds if all(str(seed) in results.sides[side] for side in compared)
     ]
     if len(done) < len(results.seeds):
         return f"{len(done)} of {len(results.seeds)} planned seeds are finished"
     if len(pairs) < len(done):
         return f"{len(done) - len(pairs)} of {len(done)} seeds gave no finite figure"
     taken = {
-        side: list(results.values(side, "seconds").values())
-        for side in (claim.ours, claim.than)
-        if side != TEACHER
+        side: list(results.values(side, "seconds").values()) for side in compared if side != TEACHER
     }
     needed = required_seeds(taken)
     if len(pairs) < needed:

@@ -148,6 +148,7 @@ def side_names(method_id: str, claims: Sequence[Claim], sides: Sequence[str] | N
     """
     if sides is None:
         named = [side for claim in claims for side in (claim.ours, claim.than)]
+        named = [side for side in named if recorded.number_of(side) is None]
     else:
         named = [method_id + side if side.startswith("/") else side for side in sides]
     names = list(dict.fromkeys([method_id, *named]))

@@ -28,6 +28,8 @@ def sense(claim: dict[str, Any]) -> str:
     """What a claim expects, in words: `metric: ours higher than other by more than 0.01`."""
     margin = float(claim.get("margin") or 0.0)
     ours, than, expect = claim["ours"], claim["than"], claim.get("expect", "higher")
+    if claim.get("than_metric"):
+        than = f"{claim['than_metric']} of {than}"
     if expect == "equal":
         return f"{claim['metric']}: {ours} within {margin:g} of {than}"
     by = f" by more than {margin:g}" if margin > 0 else ""

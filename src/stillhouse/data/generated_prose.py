@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Generator
+from torch import Generator, Tensor
 
 from stillhouse.batch import Splits, TensorSource
 from stillhouse.clock import generator
@@ -19,6 +19,9 @@ class GeneratedProseOptions(DataOptions):
 
     texts: int = Field(24, ge=8, description="texts of train; val and test have half of it")
     sentences: int = Field(2, ge=1, description="sentences of a text")
+    pairs: bool = Field(
+        False, description="texts are the sides of pairs, scored by the words they share"
+    )
 
 
 class GeneratedProse(DataSet[GeneratedProseOptions]):
@@ -26,7 +29,7 @@ class GeneratedProse(DataSet[GeneratedProseOptions]):
 
     name = "generated_prose"
     title = "simulated sentences, for examples and tests"
-    tasks = ("token-classification",)
+    tasks = ("token-classification", "embedding")
     licence = "CC0"
     source = "made on opening"
     edition = "simulated"
@@ -48,7 +51,10 @@ class GeneratedProse(DataSet[GeneratedProseOptions]):
         for split, count in sizes.items():
             rng = generator("generated prose", split)
             made = [self._text(options.sentences, rng) for _ in range(count)]
-            views = {"text": [text for text, _ in made], "entities": [spans for _, spans in made]}
+            texts = [text for text, _ in made]
+            views: dict[str, Any] = {"text": texts, "entities": [spans for _, spans in made]}
+            if options.pairs:
+                views |= _pairs(texts)
             sources[split] = TensorSource(views, name=f"generated prose {split}")
         return Splits(sources, "generated prose (simulated)", {"name": self.name})
 
@@ -64,3 +70,15 @@ class GeneratedProse(DataSet[GeneratedProseOptions]):
             sentence = f"{name} {deed} {thing} in {1800 + draw[3] % 200}."
             text = f"{text} {sentence}" if text else sentence
         return text, spans
+
+
+def _pairs(texts: list[str]) -> dict[str, Tensor]:
+    """Rows 2 p and 2 p + 1 as the sides of pair p, scored by their share of common words."""
+    rows, words = torch.arange(len(texts)), [set(text.split()) for text in texts]
+    last = len(texts) - 1
+    scores = [
+        len(words[i & ~1] & words[min(i | 1, last)]) / len(words[i & ~1] | words[min(i | 1, last)])
+        for i in range(len(texts))
+    ]
+    places = torch.stack([rows // 2, rows % 2, torch.full_like(rows, len(rows) // 2)], dim=1)
+    return {"pair": places, "target": torch.tensor(scores)}

@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.losses.chunked import wide
 
 
 def supcon(
@@ -68,3 +69,43 @@ def supcon(
     if reduction == "mean":
         return each.mean()
     raise RecipeError(f"reduction must be 'mean' or 'none', got '{reduction}'")
+
+
+def in_batch(
+    vectors: Tensor,
+    targets: Tensor,
+    temperature: float = 0.05,
+    *,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    r"""InfoNCE within a batch: row i belongs to target i, all other targets are negatives.
+
+    .. math::
+        l_i = -\log \frac{\exp(\cos(x_i, t_i) / \tau)}{\sum_j \exp(\cos(x_i, t_j) / \tau)}
+
+    Multiple-negatives ranking, as sentence encoders are trained by it; against a teacher's
+    vectors it is the distillation loss of pynife (DistillationCosineLoss).
+
+    Args:
+        vectors: (B, D).
+        targets: (B, D); gradients flow into them, unless they are detached.
+        temperature: of the cosines, above 0.
+        reduction: "mean" over rows, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,); float32 at least.
+
+    Raises:
+        ModelError: shapes that do not fit.
+        RecipeError: a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise RecipeError(f"the temperature must be above 0, not {temperature}")
+    if vectors.ndim != 2 or vectors.shape != targets.shape:
+        raise ModelError(
+            f"matching vectors (B, D) are needed, got {tuple(vectors.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
+    logits = normalize(wide(vectors), dim=1) @ normalize(wide(targets), dim=1).T / temperature
+    own = torch.arange(len(logits), device=logits.device)
+    return cross_entropy(logits, own, reduction=reduction)

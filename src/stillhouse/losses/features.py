@@ -9,11 +9,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.losses.chunked import wide
 from stillhouse.losses.distributions import Counts, class_means
 
 Normalise = Literal["l2", "l1", "frobenius", "none", "fro_official"]
 Pool = Literal["sum_abs", "max"]
 Error = Literal["squared", "absolute", "angular"]
+Distance = Literal["l2sq", "l2", "mse", "cos"]
+
+
+def vector_distance(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
+    """Distance of matching vectors: LEAF, EmbedDistill, sentence-transformers.
+
+    For unit vectors the squared norm is 2 (1 - cos); always it is D times the mean square.
+
+    Args:
+        student: (B, D).
+        teacher: (B, D), no gradient.
+        distance: l2sq the squared norm, l2 the norm, mse the squared norm over D, cos 1 - cosine.
+
+    Returns:
+        (B,), float32 at least.
+    """
+    student, teacher = wide(student), wide(teacher.detach())
+    if distance == "cos":
+        return 1.0 - F.cosine_similarity(student, teacher, dim=-1)
+    difference = student - teacher
+    if distance == "l2":
+        # The norm's own backward: 0 where both are equal, not NaN.
+        length: Tensor = difference.norm(dim=-1)
+        return length
+    square = difference.square()
+    return square.sum(-1) if distance == "l2sq" else square.mean(-1)
 
 
 def attention_map(

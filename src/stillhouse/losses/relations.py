@@ -69,6 +69,27 @@ def gram(features: Tensor, *, eps: float = 1e-4) -> Tensor:
     return cosines
 
 
+def similarity_matrix(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the cosines of all pairs, the mean over ordered pairs.
+
+    Blind to a rotation of either side: what is learned so has a teacher's geometry, not its
+    coordinates, and cannot be compared with the teacher's own vectors.
+
+    Args:
+        student: (B, d).
+        teacher: (B, D), no gradient.
+
+    Returns:
+        A scalar; a vector with itself counts too, as 0.
+
+    Raises:
+        ModelError: other numbers of vectors.
+    """
+    _check(student, teacher, 1)
+    own, other = (F.normalize(wide(v), dim=-1) for v in (student, teacher.detach()))
+    return (own @ own.T - other @ other.T).square().mean()
+
+
 def _check(student: Tensor, teacher: Tensor, least: int) -> None:
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise ModelError(

@@ -30,6 +30,7 @@ class PairSimilarity:
     def __init__(self) -> None:
         self._pairs = 0
         self._sums = torch.zeros(0)
+        self._none = False
 
     def update(self, out: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
         """Take one batch in.
@@ -37,12 +38,16 @@ class PairSimilarity:
         Args:
             out: `embedding` (B, D).
             batch: `pair` (B, 3) int64: number of the pair, side 0 or 1, number of all pairs;
-                `target` (B,): the pair's score.
+                `target` (B,): the pair's score. Rows whose pair is -1 are passed over, and so
+                are all rows of a collection without pairs (see `metrics/ranking.py`).
 
         Raises:
             DataError: the split holds no pairs.
         """
         pair = batch.get("pair")
+        if not isinstance(pair, Tensor) and "place" in batch:
+            self._none = True
+            return
         if not isinstance(pair, Tensor):
             raise DataError(
                 "the split holds no pairs with scores, so vectors cannot be judged on it: the "
@@ -50,6 +55,11 @@ class PairSimilarity:
             )
         vectors = F.normalize(out["embedding"].detach().float().cpu(), dim=-1)
         pair, target = pair.cpu(), batch["target"].float().cpu()
+        if not bool((kept := pair[:, 0] >= 0).all()):
+            self._none = True
+            pair, target, vectors = pair[kept], target[kept], vectors[kept.to(vectors.device)]
+            if not len(pair):
+                return
         if not len(self._sums):
             self._pairs = int(pair[0, 2])
             self._sums = torch.zeros(self._pairs * 2, vectors.shape[1] + 2)
@@ -66,11 +76,13 @@ class PairSimilarity:
         self._pairs = len(totals) // 2
 
     def compute(self) -> dict[str, float]:
-        """The correlations.
+        """The correlations; none of a split that holds a collection and no pairs.
 
         Raises:
             DataError: a row of a pair was not seen, or there are fewer than two pairs.
         """
+        if self._none and not len(self._sums):
+            return {}
         if self._pairs < 2 or not bool((self._sums[:, -1] == 1).all()):
             seen = int(self._sums[:, -1].sum()) if len(self._sums) else 0
             raise DataError(f"{seen} rows of {self._pairs} pairs were seen; all are needed")

@@ -536,6 +536,12 @@ def _folder(
         path = inner
     if (path / "artifact.json").exists():
         return _artifact(path, options, weights, about)
+    if (path / "modules.json").exists() and "task" not in options:
+        from stillhouse.models.sentence_transformer import SentenceTransformerNet
+
+        if weights is not None:
+            raise ModelError(f"the model {path} has its own weights; leave out weights: {weights}")
+        return _call(SentenceTransformerNet, str(path), {"folder": str(path), **options}, about)
     config = _json(path / "config.json")
     wanted = PRETRAINED if weights is None else weights
     if "model_type" in config:
@@ -548,8 +554,9 @@ def _folder(
         _take_normalisation(module, own.get("mean"), own.get("std"))
         return module
     raise ModelError(
-        f"the folder {path} holds no model: neither artifact.json nor a config.json with "
-        "'model_type' (Hugging Face) or 'architecture' (timm)"
+        f"the folder {path} holds no model: neither artifact.json, modules.json "
+        "(sentence-transformers), nor a config.json with 'model_type' (Hugging Face) or "
+        "'architecture' (timm)"
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from stillhouse.errors import MissingExtra, ModelError
 from stillhouse.models.loading import find_folder, load_model
+from stillhouse.parts.pooling import masked_mean
 
 # On the CPU texts of like length are encoded together, since padding is computed there like text;
 # not while training, where each block would make a gradient of the whole table of words.
@@ -118,11 +119,20 @@ class SentenceEmbedder(nn.Module):
         for number, row in enumerate(pieces):
             ids[number, : len(row)] = torch.frombuffer(row, dtype=torch.int32)
         mask = torch.arange(longest) < lengths[:, None]
-        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        return self.embed(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Vectors of word pieces.
+
+        Args:
+            ids: (B, L) int64.
+            mask: (B, L), true or 1 at real pieces.
+
+        Returns:
+            (B, width).
+        """
         states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        weight = mask.unsqueeze(-1).to(states.dtype)
-        mean = (states * weight).sum(1) / weight.sum(1)
-        vectors: Tensor = self.projection(mean)
+        vectors: Tensor = self.projection(masked_mean(states, mask))
         return F.normalize(vectors, dim=-1) if self.normalise else vectors
 
 

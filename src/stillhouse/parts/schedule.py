@@ -24,6 +24,27 @@ def linear(start: float = 1.0, end: float = 0.0) -> Schedule:
     return lambda clock: start + (end - start) * clock.step / max(1, clock.total - 1)
 
 
+def cycles(count: int, floor: float) -> Schedule:
+    """Straight lines from 1 to `floor`, `count` of them one after another, with hard restarts.
+
+    The first step of a cycle has 1, its last exactly the floor; a cycle of one step has 1. The
+    stage's steps are shared out evenly (LEAF: three cycles from 1e-4 to 1e-5).
+
+    Args:
+        count: number of cycles, at least 1.
+        floor: factor at the end of each.
+    """
+
+    def value(clock: Clock) -> float:
+        number = clock.step * count // max(1, clock.total)
+        first = -(-number * clock.total // count)  # rounded up, as the division above rounds down
+        length = -(-(number + 1) * clock.total // count) - first
+        done = (clock.step - first) / max(1, length - 1)
+        return floor * done + (1.0 - done)
+
+    return value
+
+
 def cosine(start: float = 1.0, end: float = 0.0) -> Schedule:
     """Half a cosine from `start` at step 0 towards `end` after the last step."""
 

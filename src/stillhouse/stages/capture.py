@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stillhouse.batch import Batch, Joined, Source, read_rows, together
 from stillhouse.clock import Views
+from stillhouse.engine.checkpoint import write_atomic
 from stillhouse.engine.job import Job
 from stillhouse.engine.records import Field
 from stillhouse.engine.store import Store
@@ -28,9 +29,17 @@ from stillhouse.teacher import Frozen, Knowledge, Teacher, Want
 from stillhouse.teachers.live import ACCESS
 from stillhouse.teachers.stored import Stored, augments
 
+Accept = Callable[[dict[str, tuple[int, ...]]], None]
+
 
 def captured(
-    job: Job, teacher: Teacher, spec: Any, split: str | Sequence[str] = "train"
+    job: Job,
+    teacher: Teacher,
+    spec: Any,
+    split: str | Sequence[str] = "train",
+    *,
+    kind: str = "capture",
+    accept: Accept | None = None,
 ) -> Captured:
     """A teacher whose answers are kept on disk before the training that wants them.
 
@@ -39,8 +48,10 @@ def captured(
         teacher: asked once per record.
         spec: the recipe's `teacher.store`: path, form, k, temperature, dtype, draws, batch.
         split: whose samples are asked about; several are kept in one store.
+        kind: of the stage.
+        accept: told the shape of one row's answer by field before most is asked; may raise.
     """
-    return Captured(job, teacher, spec, split)
+    return Captured(job, teacher, spec, split, kind=kind, accept=accept)
 
 
 def refuse_other_data(job: Job, spec: Any, split: str = "train") -> None:
@@ -71,6 +82,8 @@ class Captured:
         teacher: asked where the store has gaps.
         spec: see `captured`.
         split: whose samples are asked about, beside those of the streams that are wanted.
+        kind: of the stage.
+        accept: see `captured`.
 
     Attributes:
         provides: what the teacher provides, without access to the module.
@@ -78,14 +91,23 @@ class Captured:
     """
 
     def __init__(
-        self, job: Job, teacher: Teacher, spec: Any, split: str | Sequence[str] = "train"
+        self,
+        job: Job,
+        teacher: Teacher,
+        spec: Any,
+        split: str | Sequence[str] = "train",
+        *,
+        kind: str = "capture",
+        accept: Accept | None = None,
     ) -> None:
         self.job, self.teacher, self.spec = job, teacher, spec
         self.splits = (split,) if isinstance(split, str) else tuple(split)
         self.provides = frozenset(teacher.provides) - ACCESS
         self.stored: Stored | None = None
         self.name = str(getattr(teacher, "name", type(teacher).__name__))
+        self._kind, self._accept = kind, accept
         self._binds = 0
+        self._first: Knowledge | None = None  # about the first block, which tells the shapes
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +153,10 @@ class Captured:
                 self._capture(store, source)
         finally:
             store.close()
+            self._first = None
+            closer = getattr(self.teacher, "close", None)
+            if closer is not None:
+                closer()
         self.job.hardware.barrier()
         self.stored = Stored(store.path)
         self.stored.bind(wants, task)
@@ -143,7 +169,10 @@ class Captured:
         return "+".join(self.splits)
 
     def _store(self, source: Source, wants: Sequence[Want]) -> Store:
-        fields = self._fields(source, wants)
+        shapes = self._shapes(source, wants)
+        if self._accept is not None:
+            self._accept(shapes)
+        fields = self._fields(wants, shapes)
         hardware, spec = self.job.hardware, self.spec
         paths = getattr(getattr(self.teacher, "net", None), "taps", {})
         taps = {f.name: paths[f.name[4:]] for f in fields if f.name[4:] in paths}
@@ -180,14 +209,36 @@ class Captured:
         key = _hash([identity, [vars(f) for f in fields]])
         return self.job.cache / "stores" / f"{self.name.lower()}-{key[:20]}"
 
-    def _fields(self, source: Source, wants: Sequence[Want]) -> list[Field]:
-        """Shapes are those of the teacher's answer about one row."""
-        answer = self._ask(source, torch.arange(1), 0)
+    def _shapes(self, source: Source, wants: Sequence[Want]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the answer about one row, by the want's key.
+
+        A teacher that is to be asked once is asked about the whole first block, whose answer the
+        capture then has already, and its shapes are remembered beside the stores.
+        """
+        keys = [want.key for want in wants]
+        once = bool(getattr(self.teacher, "once", False))
+        name = _hash(["shapes", self.fingerprint, source.fingerprint, keys])[:20]
+        place = self.job.cache / "stores" / f"shapes-{name}.json"
+        if once and (known := _remembered(place)) is not None:
+            return known
+        whole = once and self.job.hardware.world == 1 and not self.spec.draws
+        answer = self._ask(
+            source, torch.arange(min(self.spec.batch if whole else 1, len(source))), 0
+        )
+        shapes = {key: tuple(answer.tensor(key).shape[1:]) for key in keys if key in answer}
+        if whole:
+            self._first = answer
+        if once and self.job.hardware.is_main:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, json.dumps(shapes).encode())
+        return shapes
+
+    def _fields(self, wants: Sequence[Want], shapes: dict[str, tuple[int, ...]]) -> list[Field]:
         fields: list[Field] = []
         for want in wants:
-            if want.key not in answer:
+            if want.key not in shapes:
                 continue
-            shape = tuple(answer.tensor(want.key).shape[1:])
+            shape = shapes[want.key]
             # Only logits are a distribution over classes.
             form = self.spec.form if want.field == "logits" else "dense"
             if form != "dense" and self.job.task.class_axis != -1:
@@ -223,13 +274,18 @@ class Captured:
         ids = store.ids
 
         def ask(item: tuple[Tensor, int]) -> dict[str, Tensor]:
-            answer = self._ask(source, *item, ids)
+            first, self._first = self._first, None
+            known = first if first is not None and int(item[0][0]) == 0 else None
+            answer = known or self._ask(source, *item, ids)
             now = time.monotonic()
             if progress is not None and progress.due(now):
                 progress.update(store.finished, len(store), {}, now)
             return {name: answer.tensor(name) for name in store.fields}
 
-        self.job.map(name, self._items(store, source), ask, into=store)
+        # What was paid for is written down block by block.
+        every = 1 if getattr(self.teacher, "remote", False) else 64
+        items = self._items(store, source)
+        self.job.map(name, items, ask, into=store, kind=self._kind, flush_every=every)
         if progress is not None:
             progress.end()
         seconds = time.monotonic() - began
@@ -336,6 +392,14 @@ def ids_of(source: Source) -> Tensor:
     if find is None:
         return torch.arange(len(source))
     return torch.tensor([int(find(i)) for i in range(len(source))])
+
+
+def _remembered(place: Path) -> dict[str, tuple[int, ...]] | None:
+    try:
+        found = json.loads(place.read_bytes())
+        return {str(key): tuple(int(n) for n in shape) for key, shape in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _hash(parts: Any) -> str:

@@ -95,6 +95,8 @@ def speaker_name(recipe: Any) -> str:
         facts |= {"model": serve.model, "rule": serve.rule, "options": serve.options.get("options")}
         if serve.rule is not None:
             facts["code"] = _hash(_source_of(serve.rule))
+        if serve.encoder is not None:
+            facts["encoder"] = serve.encoder
         if serve.replay is not None:
             facts["replay"] = _hash(Path(serve.replay))
     elif teacher.fingerprint is None and "model" not in spec.model_fields_set:

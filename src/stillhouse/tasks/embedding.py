@@ -16,7 +16,12 @@ from stillhouse.artifact import Predictor
 from stillhouse.batch import read_rows
 from stillhouse.errors import DataError, ModelError
 from stillhouse.losses.chunked import wide
+from stillhouse.metrics.ranking import Retrieval
 from stillhouse.metrics.similarity import PairSimilarity
+from stillhouse.models.sentence_transformer import (
+    SentenceTransformerNet,
+    is_sentence_transformer,
+)
 from stillhouse.net import Net, Output
 from stillhouse.task import Metric, Task
 
@@ -25,14 +30,18 @@ class Embedding(Task):
     """One vector per row, "embedding" (B, D).
 
     Rows to learn from need no label. Rows to judge on are the sides of scored pairs: `pair`
-    (B, 3) int64 (number of the pair, side, number of pairs) and `target` (B,), the score.
+    (B, 3) int64 (number of the pair, side, number of pairs) and `target` (B,), the score; or the
+    documents and queries of a collection: `place` (B, 4) and `relevant` (B, M, 2), as
+    `metrics/ranking.py` has them. A split may hold both.
     """
 
     name: ClassVar[str] = "embedding"
     main_metric: ClassVar[str] = "spearman"
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
-        """Wrap an encoder."""
+        """Wrap an encoder; one of sentence-transformers is called on raw texts."""
+        if is_sentence_transformer(module):
+            module = SentenceTransformerNet(module)
         return Net(module, answer="embedding", taps=taps)
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -54,8 +63,8 @@ class Embedding(Task):
         return {"task": F.mse_loss(cosine, wanted) if len(first) else vectors.sum() * 0.0}
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Spearman's and Pearson's correlation of cosines with the scores of pairs."""
-        return {"similarity": PairSimilarity()}
+        """Correlations of cosines with the scores of pairs; figures of rankings by cosine."""
+        return {"similarity": PairSimilarity(), "retrieval": Retrieval()}
 
     def check(self, student: Net | None, teacher: Net | None) -> None:
         """Refuse models that give no vector per row."""

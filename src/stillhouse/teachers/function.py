@@ -14,7 +14,7 @@ from torch import Tensor
 from stillhouse.batch import Batch
 from stillhouse.errors import TeacherError, nearest
 from stillhouse.models.loading import imported
-from stillhouse.teacher import Frozen, Knowledge, TopK, Value, Want, answered
+from stillhouse.teacher import Frozen, Knowledge, Teacher, TopK, Value, Want, answered
 from stillhouse.teachers.live import ACCESS
 
 _KINDS = {"logits": "logits", "embedding": "vector"}
@@ -129,12 +129,12 @@ class Callable:
         raise TeacherError(f"the function {self.name} is no module: give the teacher as a model")
 
 
-def import_callable(reference: str, *, fingerprint: str | None = None) -> Callable:
+def import_callable(reference: str, *, fingerprint: str | None = None) -> Teacher:
     """The teacher that a recipe names as `callable: package.module:function`.
 
     Args:
         reference: the function; or a factory without parameters that returns one, or a
-            `Callable`.
+            teacher of any kind.
         fingerprint: from the recipe; else the text of the function's file stands for it.
 
     Raises:
@@ -143,9 +143,10 @@ def import_callable(reference: str, *, fingerprint: str | None = None) -> Callab
     """
     found: Any = imported(reference, "teacher")
     made = found() if _is_factory(found) else found
-    if isinstance(made, Callable):
-        return made
-    identity = fingerprint or _source_of(found, reference)
+    if hasattr(made, "knowledge"):
+        teacher: Teacher = made
+        return teacher
+    identity = fingerprint or source_of(found, reference)
     declared = getattr(made, "fields", None)
     return Callable(made, fields=declared, fingerprint=f"{reference}|{identity}", name=reference)
 
@@ -157,7 +158,12 @@ def _is_factory(found: Any) -> bool:
     ) and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-def _source_of(found: Any, reference: str) -> str:
+def source_of(found: Any, reference: str) -> str:
+    """A hash of the file that something is defined in.
+
+    Raises:
+        TeacherError: it has no source.
+    """
     try:
         path = inspect.getsourcefile(found) or ""
         with open(path, "rb") as file:

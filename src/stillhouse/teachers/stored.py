@@ -112,7 +112,7 @@ class Stored:
 
     def _check_data(self, task: Any) -> None:
         splits, head = task.splits, self.store.header
-        open_roles = [role for role in splits if role != "test"]
+        open_roles = splits.open
         if not open_roles:
             return
         found = {splits[role].fingerprint for role in open_roles}

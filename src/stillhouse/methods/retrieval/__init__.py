@@ -1,0 +1,1 @@
+"""Methods that distil what finds and ranks texts."""
