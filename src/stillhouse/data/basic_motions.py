@@ -97,7 +97,7 @@ def _divided(labels: Tensor, pretrain: float) -> tuple[Tensor, Tensor]:
     """(validation, set aside for teachers) as flags of recordings, activity by activity."""
     held = torch.zeros(len(labels), dtype=torch.bool)
     first = torch.zeros(len(labels), dtype=torch.bool)
-    for value in labels.unique():
+    for value in torch.unique(labels):
         own = (labels == value).nonzero()[:, 0]
         rest = len(own) - max(1, round(len(own) * _VAL_SHARE))
         held[own[rest:]] = True

@@ -152,7 +152,7 @@ def series_splits(
             cut = Crop(options.crop, list(places))
         sources[role] = kind(
             views,
-            augment=cut,  # type: ignore[arg-type]
+            augment=cut,
             ids=chosen.ids,
             name=f"{data.name}/{role}/{options.part}",
         )

@@ -29,7 +29,6 @@ class SeriesCNN(nn.Module):
         reduction: "concat" or "mean" over the C features.
         labels: outputs of a linear head, "logits"; 0: no head.
         reads: the batch's view that the model reads.
-        input: (C, T) of the data, from which `channels` is taken where it is not given.
 
     Attributes:
         width: D of the features.
@@ -41,17 +40,15 @@ class SeriesCNN(nn.Module):
 
     def __init__(
         self,
-        channels: int = 0,
+        channels: int,
         widths: Sequence[int] = (32, 64, 64),
         kernel: int = 7,
         length: int = 0,
         reduction: Literal["concat", "mean"] = "concat",
         labels: int = 0,
         reads: str = "x",
-        input: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        channels = channels or (int(input[0]) if input else 0)
         if channels < 1 or not widths or min(widths) < 1 or kernel < 1 or kernel % 2 == 0:
             raise ModelError(
                 "a series CNN needs channels >= 1, widths >= 1 and an odd kernel, got "
@@ -97,7 +94,7 @@ class SeriesCNN(nn.Module):
         if self.length:
             series = self._of_length(series, mask)
             mask = None
-        features = self._encoded(series, mask).unflatten(0, (len(series), self.channels))
+        features = self._encoded(series, mask).view(len(series), self.channels, -1)
         vectors = features.flatten(1) if self.reduction == "concat" else features.mean(1)
         out = {"embedding": vectors}
         if self.head is not None:
@@ -133,14 +130,13 @@ class SeriesCNN(nn.Module):
 
 
 def series_cnn(
-    channels: int = 0,
+    channels: int,
     widths: Sequence[int] = (32, 64, 64),
     kernel: int = 7,
     length: int = 0,
     reduction: Literal["concat", "mean"] = "concat",
     labels: int = 0,
     reads: str = "x",
-    input: Sequence[int] = (),
 ) -> SeriesCNN:
     """A series CNN; see `SeriesCNN`."""
-    return SeriesCNN(channels, widths, kernel, length, reduction, labels, reads, input)
+    return SeriesCNN(channels, widths, kernel, length, reduction, labels, reads)

@@ -62,7 +62,7 @@ class Projector(nn.Module):
         self.inputs, self.outputs, self.kind, self.trainable = inputs, outputs, kind, trainable
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
-                torch.random.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
             self.net = _layers(inputs, outputs, kind, hidden)
         if not trainable:
             self.requires_grad_(False)

@@ -83,6 +83,7 @@ class COMODOObjective(Objective):
 
     Attributes:
         queue: the ring of the teacher's vectors.
+        reads: the view that the student reads.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class COMODOObjective(Objective):
         self.projector = projector
         self.queue = Ring(len(queue), {"vector": queue})
         self.config = config
-        self._view = student.view
+        self.reads = student.view
 
     def prepare(self, batch: Batch, clock: Clock) -> Batch:
         """The vectors of the global batch are anchors of this step, and then enter the queue."""
@@ -103,7 +104,7 @@ class COMODOObjective(Objective):
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The term `match`, a mean over rows."""
-        ours, theirs = self.embed(batch.view(self._view)), batch.view(ANCHOR)
+        ours, theirs = self.embed(batch.view(self.reads)), batch.view(ANCHOR)
         if self.config.loss == "l2":
             # The mean is over all numbers, as in the released L2 baseline.
             return {"match": F.mse_loss(F.normalize(ours, dim=-1), theirs.to(ours.dtype))}
@@ -519,7 +520,7 @@ def _zero_shot(job: Any, teacher: Projected, objective: COMODOObjective) -> floa
     objective.eval()
     with torch.no_grad():
         for batch in batches:
-            found = nearest_anchor(objective.embed(batch.view(objective.student.view)), anchors)
+            found = nearest_anchor(objective.embed(batch.view(objective.reads)), anchors)
             right += int((numbers[found] == batch["target"]).sum())
             seen += batch.size
     objective.train(training)
