@@ -49,12 +49,14 @@ class InfoNCEObjective(Objective):
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The term `contrast`; with several processes against the pairs of all of them."""
-        ours = self.head(self.student(batch.view(self._view))["embedding"])
         theirs = knowledge.tensor("embedding")
         positives = None
         if clock.world > 1:
             positives = batch.rows.to(theirs.device)
             theirs = whole_batch(theirs, batch.of, clock)
+        if batch.size == 0:  # a last batch that is smaller than the number of processes
+            return {}
+        ours = self.head(self.student(batch.view(self._view))["embedding"])
         loss = infonce(
             ours,
             theirs,

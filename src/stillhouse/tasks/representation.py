@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from stillhouse.batch import Batch, Sample, Shuffled, stack
 from stillhouse.clock import Views, generator
-from stillhouse.errors import DataError, ModelError
+from stillhouse.errors import DataError
 from stillhouse.losses.chunked import wide
+from stillhouse.losses.contrastive import supcon
 from stillhouse.metrics.probe import Separation, probed
 from stillhouse.net import Net, Output
 from stillhouse.parts.series import left_padded
@@ -21,6 +22,7 @@ from stillhouse.tasks.embedding import Embedding
 
 # Shortest length of padded recordings (COMODO's collation for MOMENT).
 _LEAST = 512
+_CONTRAST = 0.1
 
 
 class Representation(Embedding):
@@ -58,21 +60,24 @@ class Representation(Embedding):
         return Net(module, answer="embedding", mean=mean, std=std, taps=taps, axes=1)
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Cross-entropy of the model's own logits.
+        """Cross-entropy of the model's own logits; without any, contrast of its vectors.
+
+        An encoder without a head is trained by the supervised contrastive loss at temperature
+        0.1 (Khosla et al. 2020), so that every encoder has a supervised side.
 
         Raises:
-            ModelError: the encoder has no logits.
             DataError: the rows have no labels.
         """
-        if "logits" not in out:
-            raise ModelError(
-                "a supervised side trains an encoder through its own head, and this model gives "
-                f"{sorted(out)}: give it a head (stillhouse:series_cnn: options: {{labels: "
-                f"{len(self.classes)}}})"
-            )
         if "target" not in batch:
             raise DataError(f"the rows of '{self.splits.edition}' have no labels to learn from")
-        return {"task": F.cross_entropy(wide(out["logits"]), batch["target"])}
+        target: Tensor = batch["target"]
+        if "logits" in out:
+            return {"task": F.cross_entropy(wide(out["logits"]), target)}
+        vectors = out["embedding"]
+        if len(target) < 2:
+            return {"task": wide(vectors).sum() * 0.0}
+        loss = supcon(vectors, target, temperature=_CONTRAST, base_temperature=_CONTRAST)
+        return {"task": loss}
 
     def metrics(self) -> Mapping[str, Metric]:
         """How far classes lie apart; the figure while training."""
