@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -621,6 +622,68 @@ class Shuffled:
         """The batches of several steps: one gather, then views on it."""
         whole = self.read(torch.cat(list(steps)), views)
         return whole.cut([len(rows) for rows in steps])
+
+
+class Without:
+    """A shuffled order that leaves out some rows in some epochs, and reads all in the others.
+
+    Rows that a queue was first filled with are held back until they have left it.
+
+    Args:
+        order: shuffled; its batch size, draws and so on hold throughout.
+        rows: epoch (from 0) to the (n,) positions of the source that it leaves out.
+
+    Raises:
+        DataError: a position beyond the source, or an epoch in which no batch is left.
+    """
+
+    def __init__(self, order: Shuffled, rows: Mapping[int, Tensor]) -> None:
+        self.order, self.source = order, order.source
+        self.draws, self.augment, self.batch = order.draws, order.augment, order.batch
+        self._kept: dict[int, Tensor] = {}
+        for epoch, left_out in rows.items():
+            kept = torch.ones(len(self.source), dtype=torch.bool)
+            if len(left_out) and not 0 <= int(left_out.min()) <= int(left_out.max()) < len(kept):
+                raise DataError(f"epoch {epoch} leaves out rows beyond the {len(kept)} of the data")
+            kept[left_out] = False
+            self._kept[epoch] = kept.nonzero()[:, 0]
+            if len(self._within(epoch)) == 0 or not len(self._kept[epoch]):
+                raise DataError(
+                    f"epoch {epoch} leaves out {len(left_out)} of {len(kept)} rows, and the rest "
+                    f"makes no batch of {order.batch}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def steps_in(self, epochs: float) -> int:
+        """Steps of so many epochs from the first on; they differ in length."""
+        whole = int(epochs)
+        steps = whole * len(self.order)
+        steps += sum(
+            len(self._within(epoch)) - len(self.order) for epoch in self._kept if epoch < whole
+        )
+        return steps + round((epochs - whole) * len(self._within(whole)))
+
+    def epoch(self, number: int, rng: Callable[[], Generator]) -> Sequence[Rows]:
+        """A permutation of the epoch's rows, cut into batches."""
+        kept = self._kept.get(number)
+        if kept is None:
+            return self.order.epoch(number, rng)
+        return [kept[rows] for rows in self._within(number).epoch(number, rng)]
+
+    def read(self, rows: Rows, views: Views) -> Batch:
+        """The samples at `rows`."""
+        return self.order.read(rows, views)
+
+    def _within(self, epoch: int) -> Shuffled:
+        """The order of the rows that an epoch keeps, as positions among them."""
+        kept = self._kept.get(epoch)
+        if kept is None or not len(kept):
+            return self.order
+        order = copy.copy(self.order)
+        order.source = Subset(self.source, kept)
+        return order
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Net(nn.Module):
             Mappings and Hugging Face outputs keep their own names, torchvision's "out" apart.
         mean: per channel, subtracted from float views (C, H, W) before the call.
         std: per channel, divided by.
+        axes: of a view after its channels: 2 of images, 1 of time series (C, T).
         taps: alias to module path. `path` is a module's output, `path:input` its first
             input, `path@1` the output of its second call in one forward.
             The alias "head:input" stands for the head's input unless it is mapped; mapped to
@@ -73,12 +74,13 @@ class Net(nn.Module):
         std: Sequence[float] | None = None,
         taps: Mapping[str, str] | None = None,
         head: str | None = None,
+        axes: int = 2,
     ) -> None:
         super().__init__()
         self.module = module
         self.answer = answer
         self.view = str(getattr(module, "reads", "x"))
-        shape = (-1, 1, 1)
+        shape = (-1, *[1] * axes)
         self.register_buffer(
             "mean", None if mean is None else torch.tensor(mean).view(shape), persistent=False
         )

@@ -17,11 +17,13 @@ from stillhouse.data.options import DataOptions
 class GeneratedOptions(DataOptions):
     """Options of the generated data."""
 
-    kind: Literal["vectors", "images", "tokens"] = Field(
-        "vectors", description="vectors (D,), images (C, H, W) in [0, 1], or token ids (L,)"
+    kind: Literal["vectors", "images", "tokens", "series"] = Field(
+        "vectors",
+        description="vectors (D,), images (C, H, W) in [0, 1], token ids (L,), or series (C, T) "
+        "with a second view 'other' of the same moments",
     )
     shape: list[int] = Field(
-        default_factory=list, description="of one sample; none: [6], [3, 16, 16] or [12]"
+        default_factory=list, description="of one sample; none: [6], [3, 16, 16], [12] or [3, 16]"
     )
     classes: int = Field(4, ge=2, description="number of classes")
     rows: int = Field(64, ge=8, description="rows of train; val and test have half of it")
@@ -42,7 +44,7 @@ class Generated(DataSet[GeneratedOptions]):
 
     name = "generated"
     title = "simulated classes around random centres, for examples and tests"
-    tasks = ("classification", "embedding")
+    tasks = ("classification", "embedding", "representation")
     licence = "CC0"
     source = "made on opening"
     edition = "simulated"
@@ -52,6 +54,7 @@ class Generated(DataSet[GeneratedOptions]):
         "vectors": [6],
         "images": [3, 16, 16],
         "tokens": [12],
+        "series": [3, 16],
     }
 
     def open(self, options: GeneratedOptions, seed: int) -> Splits:
@@ -65,6 +68,11 @@ class Generated(DataSet[GeneratedOptions]):
             target = torch.arange(rows) % options.classes
             x = centres[target] + 0.5 * torch.randn(rows, *shape, generator=rng)
             views = {"x": self._view(options.kind, x), "target": target}
+            if options.kind == "series":
+                # Another sensor: its channels are others, and so is its noise.
+                views["other"] = centres[target].flip(1) + 0.5 * torch.randn(
+                    rows, *shape, generator=rng
+                )
             if options.pairs:
                 views |= _pairs(centres[target].flatten(1))
             sources[split] = TensorSource(views, name=f"generated {split}")

@@ -100,7 +100,9 @@ def steps_of(order: Order, steps: int | None, epochs: float | None, budget: Any)
     if steps is None:
         if epochs is None:
             raise RecipeError("the budget names neither steps nor epochs")
-        steps = round(epochs * len(order))
+        # Where epochs differ in length, the order says how many steps they are.
+        steps_in = getattr(order, "steps_in", lambda epochs: round(epochs * len(order)))
+        steps = int(steps_in(epochs))
     if steps < 1:
         raise RecipeError(f"the budget comes to {steps} steps")
     return steps

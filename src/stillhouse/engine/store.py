@@ -763,6 +763,8 @@ class Store:
         if not self._all_checked:
             self._check_blocks(rows if valid is None else rows[valid])
         raw = torch.from_numpy(self._gather(rows))
+        if not len(raw):  # numpy's empty arrays have no strides to view other numbers by
+            raw = torch.empty(raw.shape, dtype=raw.dtype)
         there = None if valid is None else torch.from_numpy(valid)
         if there is not None:
             raw[~there] = 0

@@ -261,6 +261,8 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
             if len(shape) == 3:
                 height, width = shape[1:]
                 facts.update(channels=shape[0], size=height if height == width else (height, width))
+            if len(shape) == 2:  # a time series
+                facts["channels"] = shape[0]
     if isinstance(shape, Mapping) and "length" in shape:
         facts["length"] = shape["length"]
     if "vocabulary" in about:

@@ -103,7 +103,7 @@ def _warm_steps(warm: float, clock: Clock) -> float:
     return warm if warm >= 1 else warm * clock.total
 
 
-def warmup_linear(warm: float = 0.1) -> Schedule:
+def warmup_linear(warm: float = 0.1, total: int | None = None) -> Schedule:
     """From 0 straight up to 1, then straight down to 0 after the last step.
 
     The step number 0 has rate 0, and the end of the warm-up need not be a whole step, as in
@@ -111,13 +111,15 @@ def warmup_linear(warm: float = 0.1) -> Schedule:
 
     Args:
         warm: steps of the warm-up (1 and more), or their share of the stage (below 1).
+        total: steps after which 0 is reached; those of the stage when not given.
     """
 
     def value(clock: Clock) -> float:
         rise = _warm_steps(warm, clock)
         if clock.step < rise:
             return clock.step / rise
-        return max(0.0, (clock.total - clock.step) / max(1.0, clock.total - rise))
+        end = clock.total if total is None else total
+        return max(0.0, (end - clock.step) / max(1.0, end - rise))
 
     return value
 

@@ -28,10 +28,11 @@ class Supervised(Objective):
     def __init__(self, student: Net, task: Task) -> None:
         super().__init__(student)
         self._loss = task.loss
+        self._view = student.view
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
-        """The task's terms."""
-        return self._loss(self.student(batch.view("x")), batch)
+        """The task's terms, on the view that the student reads."""
+        return self._loss(self.student(batch.view(self._view)), batch)
 
 
 def train_supervised(

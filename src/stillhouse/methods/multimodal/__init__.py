@@ -1,0 +1,1 @@
+"""Distillation across modalities and sensors."""
