@@ -32,18 +32,18 @@ from stillhouse.teacher import Knowledge, Want
 _WORD = re.compile(r"\S+")
 
 
-class InfoNCEObjective(Objective):
+class PairContrastObjective(Objective):
     """The term `contrast`.
 
     Args:
         student: net with embedding (B, D).
-        config: see `InfoNCE.Config`.
+        config: see `PairContrast.Config`.
     """
 
     batchwide = True
     student: Net
 
-    def __init__(self, student: Net, config: InfoNCE.Config) -> None:
+    def __init__(self, student: Net, config: PairContrast.Config) -> None:
         super().__init__(student)
         self.config = config
         self._view = student.view
@@ -83,11 +83,11 @@ def part_of(view: Any, ids: Tensor, seed: int, keep: float) -> Any:
     return found
 
 
-class InfoNCE(StudentTraining):
+class PairContrast(StudentTraining):
     """Contrast within a batch: an encoder trained its own way."""
 
     card = Card(
-        id="infonce",
+        id="pair-contrast",
         kind="baseline",
         title="Representation Learning with Contrastive Predictive Coding",
         summary="Contrast within a batch, of pseudo pairs or of the teacher's vectors.",
@@ -102,7 +102,7 @@ class InfoNCE(StudentTraining):
     )
 
     class Config(MethodConfig):
-        """Settings of `infonce`."""
+        """Settings of `pair-contrast`."""
 
         shared: ClassVar[frozenset[str]] = frozenset({"cycles", "floor", "cache", "widths"})
 
@@ -175,10 +175,10 @@ class InfoNCE(StudentTraining):
         """
         if job.hardware.world > 1:
             raise RecipeError(
-                f"infonce contrasts all rows of a batch; in {job.hardware.world} processes each "
+                f"pair-contrast compares all rows of a batch; in {job.hardware.world} processes each "
                 "would see its own alone: run it in one (hardware: {devices: 1})"
             )
-        return InfoNCEObjective(student, self.config)
+        return PairContrastObjective(student, self.config)
 
     def training(self, job: Any) -> dict[str, Any]:
         """The cycles of the learning rate, if there are any."""
@@ -199,7 +199,7 @@ class InfoNCE(StudentTraining):
     def example(cls, seed: int = 0) -> dict[str, Any]:
         """A tiny perceptron on generated vectors, judged on pairs of them."""
         return {
-            "method": "infonce",
+            "method": "pair-contrast",
             "task": "embedding",
             "data": {"name": "generated", "options": {"kind": "vectors", "pairs": True}},
             "student": {
