@@ -220,7 +220,7 @@ class Leaf(StudentTraining):
             "beats the same student trained by contrast of pseudo pairs",
             "ndcg@10",
             "leaf",
-            "infonce",
+            "pair-contrast",
         ),
         Claim("beats a linear probe of a random backbone", "ndcg@10", "leaf", "leaf/frozen"),
         Claim(
