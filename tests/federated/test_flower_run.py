@@ -193,6 +193,8 @@ class Federation:
         """The same recipe run in one process of the same environment."""
         where = self.folder / name
         env = {k: v for k, v in self.env.items() if not k.startswith("FEDAVG")}
+        # Nothing that the other run has left in the cache may be taken for this one's result.
+        env["STILLHOUSE_CACHE"] = str(self.folder / "cache-here")
         done = subprocess.run(
             [str(self.bin / "python"), "-m", "stillhouse", "run", str(recipe),
              "--folder", str(where)],
