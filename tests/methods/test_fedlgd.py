@@ -516,7 +516,7 @@ def test_sides_share_the_warm_up_and_its_cost(tmp_path, monkeypatch):
     assert spent[0] == spent[1]
     assert min(spent[0]) > 0
     with pytest.raises(TypeError):
-        executed(tmp_path / "c", example("local", seed=1))
+        executed(tmp_path / "c", example(seed=1))
     with pytest.raises(TypeError):
         executed(tmp_path / "d", example("local", settings={"lr_img": 2.0}))
 
