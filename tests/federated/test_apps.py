@@ -122,6 +122,19 @@ def test_a_node_may_name_other_data_of_its_own(recipe, tmp_path):
     assert (tmp_path / "run" / "run.json").exists()
 
 
+def test_the_server_needs_none_of_the_clients_data(recipe, tmp_path):
+    given = yaml.safe_load(recipe.read_text())
+    for spec in given["data"]["options"]["clients"].values():
+        spec["options"]["rows"] = 8  # stands in for it, with other rows
+    at_server = tmp_path / "server.yaml"
+    at_server.write_text(yaml.safe_dump(given))
+    configs = {n: {**node, "recipe": str(recipe)} for n, node in NAMED.items()}
+    there = served(settings(at_server, tmp_path), configs).artifact.module.state_dict()
+    here = run(load_recipe(recipe), folder=tmp_path / "here", progress=False)
+    for name, value in here.artifact.module.state_dict().items():
+        assert torch.equal(there[name], value), name
+
+
 def test_a_node_without_a_name_is_told_how_to_be_one(recipe, tmp_path):
     with pytest.raises(FederationError, match=r"at node 4.*no client.*--node-config"):
         served(settings(recipe, tmp_path), {4: {}, **NAMED})

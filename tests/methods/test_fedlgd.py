@@ -463,6 +463,8 @@ def test_stopped_in_any_exchange_it_ends_the_same(tmp_path, monkeypatch):
             return due(self, now)
 
         folder = tmp_path / str(stop_at)
+        # Else the warm-up of the whole run would be taken over.
+        monkeypatch.setenv("STILLHOUSE_CACHE", str(folder / "cache"))
         monkeypatch.setattr(Stage, "due", ask)
         with pytest.raises(Interrupted):
             executed(folder, recipe)
@@ -500,6 +502,23 @@ def test_a_server_killed_after_its_clients_answered_asks_none_of_them_again(tmp_
     assert trained == [("a", 3), ("b", 3)]
     assert equal(weights(whole), weights(again))
     assert equal(images_of(whole), images_of(again))
+
+
+def test_sides_share_the_warm_up_and_its_cost(tmp_path, monkeypatch):
+    full = executed(tmp_path / "a", example())[2]
+    Client = type(open_method(example()).client(open_job(example(), tmp_path / "x"), "a"))
+    monkeypatch.setattr(Client, "_warmed_up", None)  # nothing is made anew
+    local = executed(tmp_path / "b", example("local"))[2]
+    log = [a.meta["federation"]["log"] for a in (full, local)]
+    made = [[r for r in records if "round" not in r and "distil_seconds" in r] for records in log]
+    spent = [[r["distil_seconds"] for r in records] for records in made]
+    assert len(spent[0]) == 2
+    assert spent[0] == spent[1]
+    assert min(spent[0]) > 0
+    with pytest.raises(TypeError):
+        executed(tmp_path / "c", example(seed=1))
+    with pytest.raises(TypeError):
+        executed(tmp_path / "d", example("local", settings={"lr_img": 2.0}))
 
 
 def test_the_run_shows_every_client_and_the_cost(tmp_path):

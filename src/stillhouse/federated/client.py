@@ -22,14 +22,11 @@ from stillhouse.stages.flower import (
 )
 from stillhouse.writing import file_name
 
-app = ClientApp()
-
 # A process that is asked again has its data open still; memories are read from disk each time.
 _OPEN: dict[tuple[str, str, str], Remembering] = {}
 _MOST_OPEN = 8
 
 
-@app.query("client")
 def who(message: Any, context: Any) -> Any:
     """Say which client this node is: by name, or by its number in a simulation."""
     records = flower()
@@ -38,7 +35,6 @@ def who(message: Any, context: Any) -> Any:
     return records.Message(content, reply_to=message)
 
 
-@app.train()
 def answer(message: Any, context: Any) -> Any:
     """Answer an exchange; what can be mended is told to the server in words."""
     try:
@@ -83,3 +79,8 @@ def _identity(node_config: dict[str, Any]) -> dict[str, str | int]:
         }
     told = "this SuperNode is no client: start it with --node-config 'client=\"NAME\"'"
     return {"error": told, "kind": FederationError.__name__}
+
+
+app = ClientApp()
+app.query("client")(who)
+app.train()(answer)

@@ -14,10 +14,7 @@ from stillhouse.recipe_models import Given, open_method
 from stillhouse.stages.federation import FederatedMethod
 from stillhouse.stages.flower import FlowerTransport
 
-app = ServerApp()
 
-
-@app.main()
 def main(grid: Any, context: Any) -> None:
     """What Flower calls."""
     result = serve(grid, Settings.of(context.run_config, {}))
@@ -48,3 +45,7 @@ def serve(grid: Any, settings: Settings) -> RunResult:
     folder = settings.server_folder(recipe)
     print(f"stillhouse: {recipe.method} in {folder}", flush=True)
     return run(recipe, folder=folder, progress=False, given=Given(connect=connect))
+
+
+app = ServerApp()
+app.main()(main)

@@ -33,7 +33,10 @@ keeps the last class only, ours compares the means of all.
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
+import hashlib
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -50,8 +53,9 @@ from stillhouse.baselines.dm import MeanMatching
 from stillhouse.batch import Batch, Source, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.data.clients import client_source
+from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.job import Job
-from stillhouse.errors import DataError, ModelError, RecipeError
+from stillhouse.errors import CheckpointError, DataError, ModelError, RecipeError
 from stillhouse.losses.contrastive import supcon
 from stillhouse.losses.distributions import class_means, gradient_cosine, mmd_rbf
 from stillhouse.method import Card, Claim, MethodConfig, Variant
@@ -76,6 +80,7 @@ from stillhouse.stages.federation import (
     unpacked,
 )
 from stillhouse.stages.fresh_nets import (
+    GIVEN,
     fresh_net,
     has_batch_statistics,
     network_factory,
@@ -391,9 +396,48 @@ class VirtualClient:
         return iterations * (real + self.config.ipc * len(self.present))
 
     def warm_up(self, state: State, message: Message) -> tuple[State, Message]:
-        """Some iterations under fresh random networks."""
-        began, config = time.perf_counter(), self.config
+        """Some iterations under fresh random networks; made once for all sides of a comparison."""
         first, iterations = int(message["first"]), int(message["iterations"])
+        told = self._decides_warm_up(state, first, iterations, bool(message["last"]))
+        if told is None:
+            return self._warmed_up(state, first, iterations, bool(message["last"]))
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
+        path = self.job.cache / "shared" / f"fedlgd-warm-up-{key}.state"
+        with contextlib.suppress(CheckpointError):  # absent or damaged: it is made anew
+            kept = read_state(path)
+            return kept["state"], kept["reply"]
+        after, reply = self._warmed_up(state, first, iterations, bool(message["last"]))
+        write_state(path, {"state": after, "reply": reply})
+        return after, reply
+
+    def _decides_warm_up(
+        self, state: State, first: int, iterations: int, last: bool
+    ) -> dict[str, Any] | None:
+        """All that a piece of the warm-up depends on; None for a network handed in as an object."""
+        spec, config = self.job.recipe.student, self.config
+        if spec is None or spec.model == GIVEN:
+            return None
+        hardware = self.job.recipe.hardware
+        names = ("ipc", "batch_real", "class_chunk", "lr_img", "momentum_img", "augment")
+        digest = hashlib.sha256()
+        for value in (state["images"], state["labels"], state.get("velocity", torch.zeros(0))):
+            digest.update(value.contiguous().numpy().tobytes())
+        return {
+            "state": digest.hexdigest(),
+            "data": self.real.source.fingerprint,
+            "space": str(self.space),
+            "student": spec.model_dump(mode="json"),
+            "settings": {name: getattr(config, name) for name in names},
+            "hardware": [hardware.accelerator, hardware.precision, hardware.threads],
+            "piece": [first, iterations, last],
+            "client": [self.name, self.job.seed],
+            "version": __version__,
+        }
+
+    def _warmed_up(
+        self, state: State, first: int, iterations: int, last: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        began, config = time.perf_counter(), self.config
         make, taps = network_factory(self.job), _taps(self.job)
         pool = NetPool(lambda: tapped_net(make(), taps), device=self.job.device)
         images, velocity, loss = refresh(
@@ -406,7 +450,7 @@ class VirtualClient:
         )
         after: dict[str, Any] = {**state, "images": images.cpu()}
         after.pop("velocity", None)
-        if velocity is not None and not message["last"]:
+        if velocity is not None and not last:
             after["velocity"] = velocity.cpu()
         return after, {
             "matching": loss,
@@ -987,7 +1031,7 @@ class FedLGD(FederatedMethod):
             "seed": job.seed,
             "version": __version__,
         }
-        shared = share if spec is not None and spec.model != "given" else None
+        shared = share if spec is not None and spec.model != GIVEN else None
         train_on(job.child("gap"), net, train, protocol, preprocessing=space, share=shared)
         reader = tapped_net(net.module, _taps(job)).eval()
 
