@@ -690,7 +690,7 @@ def test_sentence_transformers_teach_learn_and_are_written(tiny_bert, tmp_path):
     assert (torch.as_tensor(again.encode(text)) - ours).abs().max() < 1e-5
 
 
-def test_a_student_is_exported_to_sentence_transformers_and_onnx(tiny_bert, tmp_path):
+def test_a_student_is_exported_to_sentence_transformers(tiny_bert, tmp_path):
     package = pytest.importorskip("sentence_transformers")
     recipe = text_recipe(
         tiny_bert, embedder(tiny_bert), budget={"steps": 3, "batch": 4, "lr": 0.01}
@@ -706,8 +706,16 @@ def test_a_student_is_exported_to_sentence_transformers_and_onnx(tiny_bert, tmp_
     loaded = still.teacher(model)
     found = loaded.net.module if hasattr(loaded, "net") else None
     assert found is model
+
+
+@pytest.mark.slow  # the exporter of graphs takes half a minute
+def test_a_student_is_exported_to_onnx(tiny_bert, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    recipe = text_recipe(
+        tiny_bert, embedder(tiny_bert), budget={"steps": 3, "batch": 4, "lr": 0.01}
+    )
+    run(recipe, folder=tmp_path / "run", progress=False)
     said = export_artifact(tmp_path / "run", "onnx", tmp_path / "onnx")
     assert set(said["inputs"]) == {"input_ids", "attention_mask"}
     assert said["largest_difference"] < 1e-4
