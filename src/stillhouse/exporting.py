@@ -270,8 +270,10 @@ class _OnPieces(nn.Module):
         self.embedder = embedder
 
     def forward(self, view: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vectors of `input_ids` and `attention_mask`."""
-        return {"embedding": self.embedder.embed(view["input_ids"], view["attention_mask"])}
+        """Vectors of `input_ids` and `attention_mask`, under the name that is usual for them."""
+        return {
+            "sentence_embedding": self.embedder.embed(view["input_ids"], view["attention_mask"])
+        }
 
 
 def _on_pieces(source: Source, module: SentenceEmbedder) -> Source:

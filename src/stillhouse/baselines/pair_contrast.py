@@ -175,8 +175,9 @@ class PairContrast(StudentTraining):
         """
         if job.hardware.world > 1:
             raise RecipeError(
-                f"pair-contrast compares all rows of a batch; in {job.hardware.world} processes "
-                "each would see its own alone: run it in one (hardware: {devices: 1})"
+                "pair-contrast compares all rows of a batch; in "
+                f"{job.hardware.world} processes each would see its own alone: run it in one "
+                "(hardware: {devices: 1})"
             )
         return PairContrastObjective(student, self.config)
 

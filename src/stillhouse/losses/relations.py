@@ -69,7 +69,7 @@ def gram(features: Tensor, *, eps: float = 1e-4) -> Tensor:
     return cosines
 
 
-def similarity_matrix(student: Tensor, teacher: Tensor) -> Tensor:
+def similarity_matrix(student: Tensor, teacher: Tensor, *, normalised: bool = False) -> Tensor:
     """Squared difference of the cosines of all pairs, the mean over ordered pairs.
 
     Blind to a rotation of either side: what is learned so has a teacher's geometry, not its
@@ -78,6 +78,7 @@ def similarity_matrix(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: (B, d).
         teacher: (B, D), no gradient.
+        normalised: the rows have unit length already; they are scaled to it otherwise.
 
     Returns:
         A scalar; a vector with itself counts too, as 0.
@@ -86,7 +87,9 @@ def similarity_matrix(student: Tensor, teacher: Tensor) -> Tensor:
         ModelError: other numbers of vectors.
     """
     _check(student, teacher, 1)
-    own, other = (F.normalize(wide(v), dim=-1) for v in (student, teacher.detach()))
+    own, other = wide(student), wide(teacher.detach())
+    if not normalised:
+        own, other = F.normalize(own, dim=-1), F.normalize(other, dim=-1)
     return (own @ own.T - other @ other.T).square().mean()
 
 
