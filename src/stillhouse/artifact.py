@@ -197,11 +197,14 @@ def net_settings(module: nn.Module) -> dict[str, Any]:
     if not hasattr(module, "answer"):
         return {}
     mean, std = getattr(module, "mean", None), getattr(module, "std", None)
-    return {
+    settings = {
         "answer": module.answer,
         "mean": None if mean is None else mean.flatten().tolist(),
         "std": None if std is None else std.flatten().tolist(),
     }
+    if mean is not None and mean.ndim != 3:  # views of other than images
+        settings["axes"] = mean.ndim - 1
+    return settings
 
 
 def read_description(folder: Path) -> dict[str, Any]:

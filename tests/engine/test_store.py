@@ -656,3 +656,14 @@ def test_reading_holds_no_more_memory_than_the_batch(tmp_path: Path):
         store.read(rows)
     assert len(store) * store.stride > 60e6
     assert resident() - before < 20e6
+
+
+def test_no_rows_are_read_as_no_rows(tmp_path: Path):
+    """A process may hold no row of a short last batch."""
+    fields = [Field("embedding", (3,), dtype="float32")]
+    with Store.create(tmp_path / "s", fields, torch.arange(4), data="d", teacher="t") as store:
+        store.put((torch.arange(4), 0), {"embedding": torch.randn(4, 3)})
+        store.flush()
+        values, valid = store.read(torch.zeros(0, dtype=torch.int64))
+    assert values["embedding"].shape == (0, 3)
+    assert valid is None

@@ -291,6 +291,13 @@ class COMODO(Method):
             "supervised",
             margin=-0.02,
         ),
+        Claim(
+            "the teacher's own modality is the upper line",
+            "accuracy",
+            "comodo",
+            "teacher",
+            expect="lower",
+        ),
     ]
 
     def run(self, job: Any) -> Artifact:
