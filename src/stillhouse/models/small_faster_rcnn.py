@@ -13,18 +13,22 @@ from stillhouse.errors import MissingExtra, ModelError
 
 
 class SmallBackbone(nn.Module):
-    """Four 3x3 convolutions with BatchNorm and ReLU; stride 8, one level.
+    """Four 3x3 convolutions with BatchNorm and ReLU; one level.
 
     Args:
         channels: of the last three convolutions; the first has half of them.
+        stride: 4 or 8 px of the image per cell of the map.
 
     Attributes:
         out_channels: as torchvision's detectors ask for it.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, stride: int = 8) -> None:
         super().__init__()
-        widths, strides = [channels // 2, channels, channels, channels], (2, 2, 2, 1)
+        if stride not in {4, 8}:
+            raise ModelError(f"the small backbone has stride 4 or 8, not {stride}")
+        widths = [channels // 2, channels, channels, channels]
+        strides = (2, 2, stride // 4, 1)
         layers: list[nn.Module] = []
         before = 3
         for width, stride in zip(widths, strides, strict=True):
@@ -38,7 +42,7 @@ class SmallBackbone(nn.Module):
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) to one level (B, channels, H / 8, W / 8)."""
+        """(B, 3, H, W) to one level (B, channels, H / stride, W / stride)."""
         return OrderedDict([("0", self.layers(images))])
 
 
@@ -83,7 +87,10 @@ class SmallFasterRCNN(nn.Module):
         ratios: height / width of anchors.
         proposals: regions that go to the second stage at test time.
         regions: sampled regions of an image in training.
-        backbone: "small" (four convolutions) or "mobilenet" (projected MobileNetV2).
+        positives: largest share of them that hold an object; torchvision's quarter leaves few
+            where an image has few objects and the detector is trained from nothing.
+        backbone: "small" (four convolutions) or "mobilenet" (projected MobileNetV2, stride 16).
+        stride: of the small backbone, px: 8, or 4 for objects of less than 24 px.
     """
 
     def __init__(
@@ -97,13 +104,15 @@ class SmallFasterRCNN(nn.Module):
         ratios: Sequence[float] = (1.0, 1.6),
         proposals: int = 100,
         regions: int = 64,
+        positives: float = 0.5,
         backbone: str = "small",
+        stride: int = 8,
     ) -> None:
         super().__init__()
         if categories < 1:
             raise ModelError(f"a detector needs one category at least, not {categories}")
         detector = _torchvision_detector(
-            _backbone(backbone, channels),
+            _backbone(backbone, channels, stride),
             categories + 1,
             channels=channels,
             hidden=hidden,
@@ -112,6 +121,7 @@ class SmallFasterRCNN(nn.Module):
             ratios=tuple(ratios),
             proposals=proposals,
             regions=regions,
+            positives=positives,
         )
         # Its parts are ours: a state dict then has torchvision's own keys.
         self.transform = detector.transform
@@ -132,9 +142,9 @@ class SmallFasterRCNN(nn.Module):
         return answers
 
 
-def _backbone(kind: str, channels: int) -> nn.Module:
+def _backbone(kind: str, channels: int, stride: int) -> nn.Module:
     if kind == "small":
-        return SmallBackbone(channels)
+        return SmallBackbone(channels, stride)
     if kind == "mobilenet":
         return MobileBackbone(channels)
     raise ModelError(f"the backbone '{kind}' is none of small, mobilenet")
@@ -160,10 +170,11 @@ def _torchvision_detector(backbone: nn.Module, classes: int, **settings: Any) ->
         rpn_post_nms_top_n_train=settings["proposals"],
         rpn_post_nms_top_n_test=settings["proposals"],
         rpn_batch_size_per_image=64,
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=pooled, sampling_ratio=2),
+        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=pooled, sampling_ratio=1),
         box_head=TwoMLPHead(channels * pooled**2, hidden),
         box_predictor=_Predictor(hidden, classes),
         box_batch_size_per_image=settings["regions"],
+        box_positive_fraction=settings["positives"],
         box_detections_per_img=50,
     )
     detector.transform.size_divisible = 8
