@@ -27,11 +27,15 @@ class Supervised(Objective):
 
     def __init__(self, student: Net, task: Task) -> None:
         super().__init__(student)
-        self._loss = task.loss
+        self._loss, self._count = task.loss, task.count
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The task's terms."""
         return self._loss(self.student(batch.view("x")), batch)
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """What the task's terms are means over."""
+        return self._count(batch)
 
 
 def train_supervised(
