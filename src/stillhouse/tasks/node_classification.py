@@ -120,7 +120,8 @@ class NodeClassification(Classification):
 
     def count(self, batch: Batch) -> int | Tensor:
         """Labelled nodes."""
-        return (batch["target"] != IGNORE).sum()
+        labelled: Tensor = (batch["target"] != IGNORE).sum()
+        return labelled
 
     def example_view(self, view: str = "x") -> Any:
         """One node of the training data, with the graph that is seen."""
