@@ -8,7 +8,7 @@ import sys
 from statistics import median
 
 import torch
-from torch_geometric.nn import GCN as TheirGCN
+from torch_geometric import nn as networks
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import k_hop_subgraph
 
@@ -35,7 +35,7 @@ edges, dense = graph.edges, graph.dense()
 
 size = {"classes": CLASSES, "inputs": graph.features, "width": WIDTH, "layers": LAYERS}
 mlp, gcn = NodeNet(NodeMLP(**size)).eval(), NodeNet(GCN(**size)).eval()
-theirs = TheirGCN(graph.features, WIDTH, LAYERS, CLASSES, normalize=False).eval()
+theirs = networks.GCN(graph.features, WIDTH, LAYERS, CLASSES, normalize=False).eval()
 for own, other in zip(gcn.module.layers, theirs.convs):
     other.lin.weight.copy_(own.linear.weight)
     other.bias.copy_(own.bias)

@@ -78,6 +78,10 @@ class Task:
         """The plain supervised terms."""
         raise NotImplementedError
 
+    def count(self, batch: Batch) -> int | Tensor:
+        """What the terms of `loss` are means over: rows, unless some carry no label."""
+        return batch.size
+
     def metrics(self) -> Mapping[str, Metric]:
         """Fresh metrics for one pass over a split."""
         raise NotImplementedError

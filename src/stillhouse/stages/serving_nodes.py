@@ -11,7 +11,6 @@ from torch import Generator, Tensor, nn
 
 from stillhouse.metrics.cost import percentile, timings
 from stillhouse.parts.graph import Graph, Nodes, passing
-from stillhouse.parts.sparse import SparseMatrix
 
 Call = Callable[[], Any]
 
@@ -123,11 +122,3 @@ def _timed(calls: Mapping[str, Call], graph: Graph, seconds: float) -> dict[str,
         }
         for name, own in measured.items()
     }
-
-
-def server_graph(graph: Graph) -> Graph:
-    """The graph with its features in the form requests are served from, gathered beforehand."""
-    held = graph.sparse()
-    if isinstance(held, SparseMatrix):
-        held.transposed  # noqa: B018 - made once, not in the first request
-    return graph

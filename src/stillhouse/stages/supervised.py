@@ -27,12 +27,16 @@ class Supervised(Objective):
 
     def __init__(self, student: Net, task: Task) -> None:
         super().__init__(student)
-        self._loss = task.loss
         self._view = student.view
+        self._loss, self._count = task.loss, task.count
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The task's terms, on the view that the student reads."""
         return self._loss(self.student(batch.view(self._view)), batch)
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """What the task's terms are means over."""
+        return self._count(batch)
 
 
 def train_supervised(

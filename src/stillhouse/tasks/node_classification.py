@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
+from stillhouse.batch import Batch
 from stillhouse.data.graph_files import read_features, read_graph
 from stillhouse.data.node_splits import row_normalised
 from stillhouse.errors import DataError, ModelError
@@ -116,6 +117,11 @@ class NodeClassification(Classification):
         logits, target = wide(out["logits"]), batch["target"]
         whole = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         return {"task": whole / (target != IGNORE).sum().clamp(min=1)}
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """Labelled nodes."""
+        labelled: Tensor = (batch["target"] != IGNORE).sum()
+        return labelled
 
     def example_view(self, view: str = "x") -> Any:
         """One node of the training data, with the graph that is seen."""
