@@ -129,7 +129,9 @@ class LiftSplat(nn.Module):
         frame = torch.arange(rows, device=images.device).repeat_interleave(views)
         cell = cell + (frame * height * width)[:, None, None]
         camera, depth, pixel = inside.nonzero(as_tuple=True)
-        thrown = share[camera, depth, pixel][:, None] * content[camera, pixel]
+        # Rays thin out with the distance: weighed by it, near cells do not drown the far ones.
+        weight = share[camera, depth, pixel] * (depths / depths[-1])[depth]
+        thrown = weight[:, None] * content[camera, pixel]
         flat = content.new_zeros(rows * height * width, self.width)
         flat = flat.index_add(0, cell[camera, depth, pixel], thrown)
         maps = flat.reshape(rows, height, width, self.width).permute(0, 3, 1, 2)
