@@ -286,8 +286,8 @@ class FFG2M(StudentTraining):
         node_temperature: float = Field(
             1.0,
             gt=0,
-            description="of mode glnn: softens both distributions of a node; the term is multiplied by "
-            "its square",
+            description="of mode glnn: softens both distributions of a node; the term is "
+            "multiplied by its square",
             json_schema_extra={"source": "code: 1; the square: Hinton et al. 2015, section 2"},
         )
         edges: int | None = Field(
