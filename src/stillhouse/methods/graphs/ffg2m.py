@@ -180,7 +180,9 @@ class FFG2MObjective(Objective):
         if config.mode in {"full", "hfd"}:
             terms["high"] = (1 - weight) * self._high(logits, teacher, graph, clock)
         if config.mode == "glnn":
-            tempered = kl(logits, teacher, temperature=config.node_temperature, scale=False)
+            # The factor of its square keeps the gradient's size: else a temperature would only
+            # weaken this term beside the labels.
+            tempered = kl(logits, teacher, temperature=config.node_temperature)
             terms["nodes"] = (1 - weight) * tempered
         return terms
 
@@ -284,8 +286,9 @@ class FFG2M(StudentTraining):
         node_temperature: float = Field(
             1.0,
             gt=0,
-            description="of mode glnn: softens both distributions of a node, without a factor",
-            json_schema_extra={"source": "code: 1"},
+            description="of mode glnn: softens both distributions of a node; the term is "
+            "multiplied by its square",
+            json_schema_extra={"source": "code: 1; the square: Hinton et al. 2015, section 2"},
         )
         edges: int | None = Field(
             None,
