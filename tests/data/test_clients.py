@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.batch import Splits, TensorSource
+from stillhouse.batch import Joined, Splits, TensorSource
 from stillhouse.data import digit_clients
 from stillhouse.data.clients import client_source, joined_clients, open_client, with_own_val
 from stillhouse.data.registry import open_data
+from stillhouse.data.splitting import labels_of
 from stillhouse.errors import DataError, OptionError, RecipeError
 
 IMAGES = {"kind": "images", "shape": [3, 8, 8], "rows": 16}
@@ -42,6 +43,14 @@ def test_parts_stand_one_after_another_and_belong_to_their_clients():
     alone = client_source(splits, "train", "b").read(torch.arange(24), None)
     assert torch.equal(both["x"][16:], alone["x"])
     assert torch.equal(both["target"][16:], alone["target"])
+
+
+def test_labels_of_all_clients_are_told_without_reading_images():
+    splits = open_data("clients", options=TWO)
+    labels = labels_of(splits["train"])
+    assert torch.equal(labels, splits["train"].read(torch.arange(40), None)["target"])
+    mixed = Joined([splits["train"], TensorSource({"x": torch.rand(2, 3, 8, 8)})])
+    assert labels_of(mixed) is None
 
 
 def test_one_client_alone_has_what_it_has_among_others():

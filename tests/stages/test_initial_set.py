@@ -119,3 +119,14 @@ def test_mosaics_begin_with_the_images_that_single_ones_would():
     made = set_of(tiles, 2, ("a", "b", "c"), NORMAL, Decode(2, pad=0.5))
     assert made.decode.pad == pytest.approx((0.0, 1 / 3, 0.5))
     assert made.training_count == 24
+
+
+def test_a_client_may_lack_a_class():
+    data = source(classes=2)
+    with pytest.raises(DataError, match="class 2 has no real images"):
+        RealImages(data, 3, NORMAL)
+    for hold_bytes in (0, 1 << 20):
+        real = RealImages(data, 3, NORMAL, hold_bytes=hold_bytes, missing=True)
+        assert [len(rows) for rows in real.rows] == [15, 15, 0]
+        assert real.shape == (3, 4, 4)
+        assert real.draw(2, 4, rng()).shape == (0, 3, 4, 4)
