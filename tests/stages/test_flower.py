@@ -260,6 +260,32 @@ def test_a_client_that_dies_with_its_reply_is_asked_where_it_comes_back(tmp_path
     assert Adder.worked - before == 2
 
 
+def test_all_come_back_as_other_nodes_while_the_dead_are_still_listed(tmp_path):
+    grid = Grid(tmp_path, {1: "a", 2: "b"})
+    carried = transport(grid)
+    carried.round(0, MESSAGE, ["a", "b"])
+    grid.clients |= {8: "a", 9: "b"}
+    grid.listed = [2, 8, 9]  # 1 is known to be gone, 2 is not yet
+    grid.silent = {2}
+    assert list(carried.round(1, MESSAGE, ["a", "b"])) == ["a", "b"]
+    assert carried.nodes == {"a": 8, "b": 9}
+
+
+def test_a_client_that_always_crashes_is_not_asked_for_ever(tmp_path):
+    grid = Grid(tmp_path, {1: "a"})
+    grid.fail = Always({1: (8, "crashed")})
+    with pytest.raises(FederationError, match="'a' crashed 3 times"):
+        transport(grid).round(0, MESSAGE, ["a"])
+    assert [kind for kind, _ in grid.sent].count("train") == 3
+
+
+class Always(dict):
+    """A failure that stays."""
+
+    def pop(self, key):
+        return self[key]
+
+
 def test_a_message_that_is_not_taken_is_sent_again(tmp_path):
     grid = Grid(tmp_path, {1: "a"})
     carried = transport(grid)

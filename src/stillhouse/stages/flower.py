@@ -30,7 +30,8 @@ ASK, WHO = "train", "query.client"
 
 _NUMPY, _SAFETENSORS = "numpy.ndarray", "safetensors"
 # Of Flower's error codes: what a client that is started again may still answer.
-_PASSING = {3: "message lost", 4: "reply lost", 5: "node unavailable", 8: "client app crashed"}
+_CRASHED, _MOST_CRASHES = 8, 3
+_PASSING = {3: "message lost", 4: "reply lost", 5: "node unavailable", _CRASHED: "app crashed"}
 
 
 def flower() -> Any:
@@ -173,6 +174,7 @@ class FlowerTransport:
         self.nodes: dict[str, int] = {}
         self.spare: set[int] = set()
         self._greeted: dict[str, int] = {}
+        self._crashes: dict[str, int] = {}
 
     def round(self, number: int, message: Message, clients: Sequence[str]) -> dict[str, Message]:
         """The replies of `clients`, by id and in their order, in exchange `number`.
@@ -189,6 +191,7 @@ class FlowerTransport:
                 raise RecipeError(f"no client '{name}'{nearest(name, self.names)}")
         until, wait = time.monotonic() + self.timeout, _Pauses(self.pause)
         records, troubles = to_records(message), dict[str, str]()
+        self._crashes.clear()
         replies: dict[str, Message] = {}
         missing = list(clients)
         while missing:
@@ -223,13 +226,13 @@ class FlowerTransport:
 
     def _find(self, clients: Sequence[str], until: float, troubles: Mapping[str, str]) -> None:
         """Learn the nodes of `clients`; wait for those that are not there yet."""
-        wait = _Pauses(self.pause)
+        wait, heard = _Pauses(self.pause), dict[str, int]()
         while True:
             present = set(self.grid.get_node_ids())
             self.nodes = {name: node for name, node in self.nodes.items() if node in present}
             if any(name not in self.nodes for name in clients):
                 self._greet(present - self.spare - {*self.nodes.values(), *self._greeted.values()})
-                self._hear()
+                self._hear(heard)
             absent = [name for name in clients if name not in self.nodes]
             if not absent:
                 return
@@ -245,8 +248,12 @@ class FlowerTransport:
             if number is not None:
                 self._greeted[number] = node
 
-    def _hear(self) -> None:
-        """Note who has said who it is."""
+    def _hear(self, heard: dict[str, int]) -> None:
+        """Note who has said who it is.
+
+        Who speaks now is believed before a node that did earlier: that one may be dead and listed
+        still. Two that speak at one search are two.
+        """
         if not self._greeted:
             return
         for reply in self.grid.pull_messages(list(self._greeted)):
@@ -260,7 +267,9 @@ class FlowerTransport:
             name = self._named(dict(reply.content[HEADER]))
             if name is None:
                 self.spare.add(node)
-            elif self.nodes.setdefault(name, node) != node:
+            elif heard.setdefault(name, node) == node:
+                self.nodes[name] = node
+            else:
                 raise FederationError(
                     f"two nodes say that they are client '{name}'; give every SuperNode its own: "
                     f"--node-config 'client=\"NAME\"'"
@@ -340,6 +349,13 @@ class FlowerTransport:
             raise FederationError(
                 f"the client app of '{client}' failed (Flower's code {error.code}): {error.reason}"
             )
+        if error.code == _CRASHED:
+            self._crashes[client] = self._crashes.get(client, 0) + 1
+            if self._crashes[client] >= _MOST_CRASHES:
+                raise FederationError(
+                    f"the client app of '{client}' crashed {_MOST_CRASHES} times at the same "
+                    "exchange, such as for lack of memory; its SuperNode's log says more"
+                )
         self._lost(client, _PASSING[error.code], troubles)
 
     def _lost(self, client: str, why: str, troubles: dict[str, str]) -> None:
