@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.metrics.probe import GRID, Separation, probed
+from stillhouse.metrics.probe import GRID, Separation, few_labels, probed
 
 
 def blobs(rows: int, classes: int = 4, spread: float = 0.5, seed: int = 0):
@@ -107,3 +107,13 @@ def test_separation_is_the_share_of_variance_between_classes():
     with pytest.raises(DataError):
         Separation(3).compute()
     assert np.isfinite(wanted)
+
+
+def test_few_labels_are_drawn_of_every_class():
+    given, asked = blobs(80), blobs(60, seed=1)
+    found = few_labels(*given, *asked)
+    assert found is not None
+    assert 0.8 < found <= probed(*given, *asked)["accuracy"] + 0.05
+    assert found == few_labels(*given, *asked)
+    assert few_labels(*given, *asked, each=2) < found + 0.01
+    assert few_labels(*given, *asked, each=20) is None

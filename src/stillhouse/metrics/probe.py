@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from stillhouse.errors import DataError, RecipeError, nearest
@@ -86,6 +86,48 @@ def probed(
         if 1 < k < len(model.classes_):
             figures[f"top{k}"] = float((ranked[:, :k] == truth[:, None]).any(1).mean())
     return {**figures, "probe_c": c}
+
+
+def few_labels(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    each: int = 10,
+    draws: int = 5,
+    **settings: Any,
+) -> float | None:
+    """The accuracy of a probe that knows few labels, the mean over several draws of them.
+
+    Args:
+        train: (n, D), as for `probed`.
+        train_labels: (n,) int64.
+        test: (m, D).
+        test_labels: (m,) int64.
+        each: labelled rows of every class.
+        draws: how often they are drawn; the same rows for the same labels.
+        settings: further ones of `probed`.
+
+    Returns:
+        In [0, 1]; None where a class has no more rows than that.
+    """
+    values, sizes = torch.unique(train_labels, return_counts=True)
+    if len(values) < 2 or int(sizes.min()) <= each:
+        return None
+    found = []
+    for draw in range(draws):
+        mixed = torch.randperm(len(train_labels), generator=Generator().manual_seed(draw))
+        rows = torch.cat([mixed[train_labels[mixed] == value][:each] for value in values])
+        figures = probed(
+            train[rows],
+            train_labels[rows],
+            test,
+            test_labels,
+            **{"grid": (_FEW_C,), "top": (), **settings},
+        )
+        found.append(figures["accuracy"])
+    return sum(found) / draws
 
 
 def _fitted(
