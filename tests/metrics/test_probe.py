@@ -26,12 +26,13 @@ def test_separable_classes_are_found(kind):
     assert "top5" not in figures  # of four classes it says nothing
 
 
-def test_it_is_the_search_of_scikit_learn():
+@pytest.mark.parametrize("spread", [0.8, 1.5, 3.0])
+def test_it_is_the_search_of_scikit_learn(spread):
     from sklearn.model_selection import GridSearchCV
     from sklearn.preprocessing import StandardScaler, normalize
     from sklearn.svm import SVC
 
-    (x, y), (a, b) = blobs(80, spread=1.5), blobs(60, spread=1.5, seed=1)
+    (x, y), (a, b) = blobs(80, spread=spread), blobs(60, spread=spread, seed=1)
     scaler = StandardScaler().fit(normalize(x.double().numpy()))
     given, asked = (scaler.transform(normalize(v.double().numpy())) for v in (x, a))
     search = GridSearchCV(SVC(gamma="scale"), {"C": list(GRID)}, cv=5).fit(given, y.numpy())
