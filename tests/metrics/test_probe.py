@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.metrics.probe import GRID, Separation, probed
+from stillhouse.metrics.probe import GRID, Separation, few_labels, probed
 
 
 def blobs(rows: int, classes: int = 4, spread: float = 0.5, seed: int = 0):
@@ -26,12 +26,13 @@ def test_separable_classes_are_found(kind):
     assert "top5" not in figures  # of four classes it says nothing
 
 
-def test_it_is_the_search_of_scikit_learn():
+@pytest.mark.parametrize("spread", [0.8, 1.5, 3.0])
+def test_it_is_the_search_of_scikit_learn(spread):
     from sklearn.model_selection import GridSearchCV
     from sklearn.preprocessing import StandardScaler, normalize
     from sklearn.svm import SVC
 
-    (x, y), (a, b) = blobs(80, spread=1.5), blobs(60, spread=1.5, seed=1)
+    (x, y), (a, b) = blobs(80, spread=spread), blobs(60, spread=spread, seed=1)
     scaler = StandardScaler().fit(normalize(x.double().numpy()))
     given, asked = (scaler.transform(normalize(v.double().numpy())) for v in (x, a))
     search = GridSearchCV(SVC(gamma="scale"), {"C": list(GRID)}, cv=5).fit(given, y.numpy())
@@ -107,3 +108,13 @@ def test_separation_is_the_share_of_variance_between_classes():
     with pytest.raises(DataError):
         Separation(3).compute()
     assert np.isfinite(wanted)
+
+
+def test_few_labels_are_drawn_of_every_class():
+    given, asked = blobs(80), blobs(60, seed=1)
+    found = few_labels(*given, *asked)
+    assert found is not None
+    assert 0.8 < found <= probed(*given, *asked)["accuracy"] + 0.05
+    assert found == few_labels(*given, *asked)
+    assert few_labels(*given, *asked, each=2) < found + 0.01
+    assert few_labels(*given, *asked, each=20) is None

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.batch import Batch
+from stillhouse.batch import Batch, together
 from stillhouse.clock import Clock
 from stillhouse.errors import RecipeError
 from stillhouse.losses.contrastive import infonce
@@ -25,7 +25,7 @@ from stillhouse.objective import Objective
 from stillhouse.parts.across import whole_batch
 from stillhouse.parts.projector import Projector
 from stillhouse.parts.schedule import warmup_linear
-from stillhouse.stages.vector_widths import student_width, teacher_width
+from stillhouse.stages.vector_widths import LEARNED, student_width, teacher_width
 from stillhouse.teacher import Knowledge, Want
 
 
@@ -135,6 +135,12 @@ class InfoNCE(StudentTraining):
         widths = student_width(job, student), teacher_width(job, teacher)
         head = job.build(lambda: Projector(*widths), "head")
         return InfoNCEObjective(student, head, self.config)
+
+    def order(self, job: Any) -> Any:
+        """All training rows, also those without labels."""
+        order = job.order("train")
+        order.source = together(job.splits, [role for role in LEARNED if role in job.splits])
+        return order
 
     def training(self, job: Any) -> dict[str, Any]:
         """Linear warm-up and decay."""

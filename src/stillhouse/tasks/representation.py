@@ -14,7 +14,7 @@ from stillhouse.clock import Views, generator
 from stillhouse.errors import DataError
 from stillhouse.losses.chunked import wide
 from stillhouse.losses.contrastive import supcon
-from stillhouse.metrics.probe import Separation, probed
+from stillhouse.metrics.probe import Separation, few_labels, probed
 from stillhouse.net import Net, Output
 from stillhouse.parts.series import left_padded
 from stillhouse.task import Metric
@@ -97,10 +97,16 @@ class Representation(Embedding):
         return batch
 
     def judge(self, job: Any, model: nn.Module, split: str = "test") -> dict[str, float]:
-        """The probe, fitted on the features of "train"."""
+        """The probe, fitted on the features of "train".
+
+        Returns:
+            "accuracy" and so on of `probed`; "accuracy_10" of probes that know ten labels of
+            every class only, where there are more.
+        """
         train = self.features(job, model, "train")
         asked = self.features(job, model, split)
-        return probed(*train, *asked)
+        figures, few = probed(*train, *asked), few_labels(*train, *asked)
+        return figures if few is None else {**figures, "accuracy_10": few}
 
     def features(self, job: Any, model: nn.Module, split: str) -> tuple[Tensor, Tensor]:
         """Vectors and labels of a split, in its order.
