@@ -20,7 +20,7 @@ from stillhouse.data.cranfield import first_of_each, sent_texts
 from stillhouse.errors import ModelError, RecipeError, TeacherError
 from stillhouse.exporting import export_artifact
 from stillhouse.launch import open_job, run
-from stillhouse.losses.contrastive import in_batch
+from stillhouse.losses.contrastive import infonce
 from stillhouse.losses.features import vector_distance
 from stillhouse.losses.relations import similarity_matrix
 from stillhouse.methods.retrieval.leaf import Leaf, LeafObjective
@@ -99,7 +99,7 @@ def test_a_narrower_student_learns_the_first_coordinates(golden):
 def test_contrast_in_the_batch(golden, case, tau):
     g = golden("leaf").case(case)
     student = double(g["student"]).requires_grad_()
-    value = in_batch(student, double(g["teacher"]), tau)
+    value = infonce(student, double(g["teacher"]), temperature=tau)
     close(value.detach(), g["loss"])
     value.backward()
     close(student.grad, g["grad_student"])
