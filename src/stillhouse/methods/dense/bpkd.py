@@ -346,6 +346,10 @@ class BPKD(StudentTraining):
             return self
 
     variants: ClassVar[dict[str, Variant]] = {
+        "paper": Variant(
+            set={"body_weight": 20.0, "edge_weight": 50.0, "temperature": 4.0},
+            about="the preset that is said to be the paper's: the defaults, whatever a recipe says",
+        ),
         "light": Variant(
             set={"body_weight": 10.0, "edge_weight": 20.0, "temperature": 2.0},
             about="the third-party author's runnable ADE20K configuration, multiplied out",
