@@ -242,6 +242,11 @@ def to_onnx(source: Source, folder: Path) -> dict[str, Any]:
     named = isinstance(source.view, Mapping)
     tensors = dict(source.view) if named else {"x": source.view}
     expected = answers(source.net, source.view)
+    if not expected:
+        raise ModelError(
+            f"{source.name} gives no tensor but lists (of each image's detections, say), which "
+            "one graph with fixed outputs cannot hold; export it as torch"
+        )
     flat = _Flat(source.net, list(tensors) if named else None, list(expected)).eval()
     free = free_axes(source.net, source.view)
     path = folder / "model.onnx"
@@ -439,7 +444,8 @@ def _torch_note(source: Source, about: Mapping[str, Any]) -> str:
 def _shape_facts(source: Source) -> dict[str, Any]:
     """What of the data decides a model's shape."""
     about = source.artifact.meta.get("about", {})
-    return {k: about[k] for k in ("classes", "input", "scale", "channels") if k in about}
+    shaping = ("classes", "categories", "input", "scale", "channels")
+    return {k: about[k] for k in shaping if k in about}
 
 
 def to_hugging_face(source: Source, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 from stillhouse.batch import Batch
 from stillhouse.data.registry import open_data
 from stillhouse.errors import DataError, ModelError
+from stillhouse.exporting import export_artifact
 from stillhouse.launch import open_job, run
 from stillhouse.models.detector_net import DetectorNet
 from stillhouse.models.small_faster_rcnn import SmallFasterRCNN
@@ -62,6 +63,10 @@ def test_any_baseline_runs_on_it_and_its_artifact_finds_objects(tmp_path):
         assert left + width <= 50.01
         assert top + height <= 40.01
         assert record["category"] == str(SCENES["digits"][record["category_id"] - 1])
+    told = export_artifact(tmp_path / "run", "torch")
+    assert told["largest_difference"] == 0
+    with pytest.raises(ModelError, match="gives no tensor but lists"):
+        export_artifact(tmp_path / "run", "onnx")
     artifact.predictor.infer([tmp_path], tmp_path / "shown", {})
     assert (tmp_path / "shown" / "a.png").exists()
     assert (tmp_path / "shown" / "detections.json").exists()
