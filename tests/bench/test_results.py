@@ -9,6 +9,7 @@ import pytest
 
 from stillhouse.bench import results as recorded
 from stillhouse.bench.results import Results, file_hash, judged, kept_from, stale, stamp_of
+from stillhouse.bench.show import sense
 from stillhouse.errors import CheckpointError
 from stillhouse.method import Claim
 
@@ -212,3 +213,24 @@ def test_reading_results_imports_neither_torch_nor_pydantic():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_claim_may_compare_with_a_number_or_with_another_figure():
+    results = Results("ours", "h1", seeds=[0, 1, 2])
+    for seed, (whole, part) in enumerate([(0.90, 0.92), (0.91, 0.94), (0.92, 0.93)]):
+        results.record("ours", seed, {"whole": whole, "part": part, "seconds": 200.0})
+    number, figure = judged(
+        results,
+        [
+            Claim("keeps it", "whole", "ours", "0.85"),
+            Claim("no less", "part", "ours", "ours", than_metric="whole"),
+        ],
+    )
+    assert number["difference"] == pytest.approx(0.06)
+    assert (number["verdict"], number["reason"]) == ("supported", "")
+    assert "than_metric" not in number
+    assert figure["difference"] == pytest.approx(0.02)
+    assert sense(figure) == "part: ours higher than whole of ours"
+    assert sense(number) == "whole: ours higher than 0.85"
+    (absent,) = judged(results, [Claim("no", "part", "ours", "ours", than_metric="other")])
+    assert absent["verdict"] == "inconclusive"

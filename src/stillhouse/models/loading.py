@@ -556,8 +556,8 @@ def _folder(
         _take_normalisation(module, own.get("mean"), own.get("std"))
         return module
     raise ModelError(
-        f"the folder {path} holds no model: neither artifact.json, modules.json "
-        "(sentence-transformers), nor a config.json with 'model_type' (Hugging Face) or "
+        f"the folder {path} holds no model: neither artifact.json nor modules.json "
+        "(sentence-transformers) nor a config.json with 'model_type' (Hugging Face) or "
         "'architecture' (timm)"
     )
 
