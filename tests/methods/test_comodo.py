@@ -623,6 +623,7 @@ def test_the_artifact_gives_vectors(tmp_path):
 def test_a_queue_that_does_not_fit_is_told(size, tmp_path):
     with pytest.raises(RecipeError, match="does not fit 64 training rows in batches of 16"):
         trained(recipe(settings={"queue": size}), tmp_path)
+    assert not list((tmp_path / "stages").rglob("*.state"))  # told before anything is done
 
 
 def test_a_released_schedule_counts_epochs(tmp_path):

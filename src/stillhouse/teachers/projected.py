@@ -107,6 +107,7 @@ class Answered:
         view: the name of the further view.
         want: what is read of the teacher's answer.
         collate: joins samples of data without a batched fast path.
+        device: where the teacher is; the answers come back to where the rows are.
     """
 
     def __init__(
@@ -117,9 +118,10 @@ class Answered:
         want: Want = EMBEDDING,
         *,
         collate: Callable[[list[Sample]], Batch] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.source, self.teacher, self.view, self.want = source, teacher, view, want
-        self.collate = collate
+        self.collate, self.device = collate, device
 
     @property
     def fingerprint(self) -> str:
@@ -149,9 +151,9 @@ class Answered:
             TeacherError: it has not spoken on a row.
         """
         batch = read_rows(self.source, rows, views, self.collate)
-        said = self.teacher.knowledge(batch)
+        said = self.teacher.knowledge(batch.to(self.device))
         if said.valid is not None and not bool(said.valid.all()):
             silent = batch["id"][~said.valid.cpu()][:3].tolist()
             raise TeacherError(f"the teacher has not spoken on the rows {silent}")
-        batch[self.view] = said.tensor(self.want.key)
+        batch[self.view] = said.tensor(self.want.key).to(batch.device)
         return batch

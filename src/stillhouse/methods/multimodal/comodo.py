@@ -302,6 +302,7 @@ class COMODO(Method):
 
     def run(self, job: Any) -> Artifact:
         """Embed, fill the queue, train the student."""
+        self.check(job)
         teacher, student = self.projected(job, job.teacher()), job.student()
         clips = self.embedded(job, teacher)
         queued = self.first_queue(job, clips)
@@ -316,6 +317,35 @@ class COMODO(Method):
         )
         artifact: Artifact = job.model_artifact(objective.export())
         return artifact
+
+    def check(self, job: Any) -> None:
+        """Before any training: does the queue fit the data, the schedule the budget?
+
+        Raises:
+            RecipeError: the queue is as large as the data, or smaller than a batch; the released
+                schedule without a number of epochs.
+        """
+        size, whole, batch = self.config.queue, len(self.clips(job)), job.budget.batch
+        if not batch <= size <= whole - 1:
+            raise RecipeError(
+                f"a queue of {size} does not fit {whole} training rows in batches of {batch}: its "
+                f"rows wait in epoch 0, so it holds at most {whole - 1}, and no fewer than a "
+                "batch (settings: {queue: ...})"
+            )
+        if self.config.faithful_schedule and job.budget.epochs is None:
+            raise RecipeError("the released schedule counts epochs: give budget: {epochs: ...}")
+
+    def details(self, job: Any, artifact: Artifact) -> dict[str, Any]:
+        """What was compared with what, for the report."""
+        channels = job.task.about.get("channels", {})
+        rows: list[list[Any]] = [
+            ["clips learned from, without labels", len(self.clips(job))],
+            ["of them in the first queue", self.config.queue],
+            ["anchors of a clip", self.config.queue + job.budget.batch],
+        ]
+        if isinstance(channels, dict):
+            rows += [[f"view {view}", ", ".join(names)] for view, names in channels.items()]
+        return {"tables": [{"title": "Clips and anchors", "columns": ["what", ""], "rows": rows}]}
 
     # ---- A: the teacher's vectors -----------------------------------------------------------
 
@@ -348,7 +378,9 @@ class COMODO(Method):
             answers = Captured(job.child("embed"), teacher, spec, self._roles(job))
         answers.bind([EMBEDDING], job.task)
         answers.to(job.device)  # type: ignore[attr-defined]
-        return Answered(self.clips(job), answers, ANCHOR, collate=job.task.collate)
+        return Answered(
+            self.clips(job), answers, ANCHOR, collate=job.task.collate, device=job.device
+        )
 
     def _draws(self, job: Any) -> int | None:
         store = getattr(job.recipe.teacher, "store", None)
@@ -357,21 +389,10 @@ class COMODO(Method):
     # ---- B: the queue -----------------------------------------------------------------------
 
     def first_queue(self, job: Any, clips: Answered) -> dict[str, Tensor]:
-        """{"rows": (N,) positions that wait until epoch 1, "vectors": (N, D)}.
-
-        Raises:
-            RecipeError: the queue is as large as the data, or smaller than a batch.
-        """
-        size, whole, batch = self.config.queue, len(clips), job.budget.batch
-        if not batch <= size <= whole - 1:
-            raise RecipeError(
-                f"a queue of {size} does not fit {whole} training rows in batches of {batch}: its "
-                f"rows wait in epoch 0, so it holds at most {whole - 1}, and no fewer than a "
-                "batch (settings: {queue: ...})"
-            )
+        """{"rows": (N,) positions that wait until epoch 1, "vectors": (N, D)}."""
 
         def made() -> dict[str, Tensor]:
-            rows = queue_rows(whole, size, self.config.queue_seed)
+            rows = queue_rows(len(clips), self.config.queue, self.config.queue_seed)
             blocks = [
                 clips.read(block, None)[ANCHOR].float().cpu() for block in torch.split(rows, 256)
             ]
@@ -420,8 +441,6 @@ class COMODO(Method):
         epochs = budget.epochs or 1
         total = budget.steps or order.steps_in(epochs)
         if self.config.faithful_schedule:
-            if budget.steps is not None:
-                raise RecipeError("the released schedule counts epochs: give budget: {epochs: ...}")
             total = released_steps(order.steps_in(1), self.config.queue, epochs)
         return warmup_linear(int(self.config.warmup * total), total)
 
