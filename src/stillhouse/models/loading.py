@@ -271,8 +271,8 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
     facts.update(about.get("facts", {}))
     if about.get("categories"):
         # Of detectors; torchvision's count the background too.
-        facts["categories"] = len(about["categories"])
-        facts["num_classes"] = len(about["categories"]) + 1
+        facts.setdefault("categories", len(about["categories"]))
+        facts.setdefault("num_classes", len(about["categories"]) + 1)
     return facts
 
 
