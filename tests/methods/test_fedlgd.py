@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
 from stillhouse import catalogue
@@ -30,6 +37,7 @@ from stillhouse.methods.datasets.fedlgd import (
 )
 from stillhouse.models.convnet import ConvNet
 from stillhouse.net import Net
+from stillhouse.opening import open_artifact
 from stillhouse.parts.augment import DSA
 from stillhouse.parts.class_statistics import class_statistics, normal_images
 from stillhouse.parts.distilled_set import DistilledSet
@@ -519,6 +527,47 @@ def test_sides_share_the_warm_up_and_its_cost(tmp_path, monkeypatch):
         executed(tmp_path / "c", example(seed=1))
     with pytest.raises(TypeError):
         executed(tmp_path / "d", example("local", settings={"lr_img": 2.0}))
+
+
+@pytest.mark.slow
+def test_killed_outright_at_any_moment_it_ends_the_same(tmp_path):
+    settings = {"rounds": 30, "warm_up": 8, "refresh": 4, "gap": 3, "updates": 8}
+    recipe = tmp_path / "recipe.yaml"
+    found = FedLGD.example(0)
+    text = {**found, "settings": {**found["settings"], **settings}, "compare": []}
+    recipe.write_text(yaml.safe_dump(text))
+
+    def begin(name):
+        folder, cache = tmp_path / name, str(tmp_path / f"{name}-cache")
+        command = [sys.executable, "-m", "stillhouse", "run", str(recipe), "--folder", str(folder)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "STILLHOUSE_CACHE": cache}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def finish(name):
+        process = begin(name)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output.decode()[-3000:]
+
+    finish("whole")
+    chance, kills, deadline = random.Random(1), 0, time.monotonic() + 150
+    while kills < 4 and time.monotonic() < deadline:
+        process = begin("killed")
+        rounds = tmp_path / "killed" / "stages" / "rounds"
+        seen = set(rounds.glob("step-*"))
+        while process.poll() is None and set(rounds.glob("step-*")) == seen:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        if (tmp_path / "killed" / "run.json").exists():
+            break
+    finish("killed")
+    assert kills
+    whole, killed = (open_artifact(tmp_path / name) for name in ("whole", "killed"))
+    assert equal(weights(whole), weights(killed))
+    assert equal(images_of(whole), images_of(killed))
 
 
 def test_the_run_shows_every_client_and_the_cost(tmp_path):

@@ -18,14 +18,26 @@ def test_a_shift_widens_the_gap():
     labels = torch.arange(40) % 2
     near = domain_gap([rows(40, 0, 1), rows(40, 0, 2)], [labels, labels], 2, bandwidth=8.0)
     far = domain_gap([rows(40, 0, 1), rows(40, 2, 2)], [labels, labels], 2, bandwidth=8.0)
-    assert far > 3 * near > 0
+    assert far > 0.5
+    assert abs(near) < far / 5
+
+
+def test_small_samples_of_one_domain_are_not_far_apart():
+    labels = torch.zeros(5, dtype=torch.int64)
+    found = [
+        domain_gap([rows(5, 0, 2 * k), rows(5, 0, 2 * k + 1)], [labels, labels], 1, bandwidth=8.0)
+        for k in range(200)
+    ]
+    biased = [mmd_rbf(rows(5, 0, 2 * k), rows(5, 0, 2 * k + 1), bandwidth=8.0) for k in range(200)]
+    assert abs(sum(found) / 200) < 0.1
+    assert float(torch.stack(biased).mean()) > 0.5
 
 
 def test_it_is_the_mean_over_classes_and_pairs():
     sets, labels = [rows(6, k, k) for k in range(3)], [torch.tensor([0, 0, 0, 1, 1, 1])] * 3
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = [
-        mmd_rbf(sets[a][s], sets[b][s], bandwidth=5.0)
+        mmd_rbf(sets[a][s], sets[b][s], bandwidth=5.0, biased=False)
         for s in (slice(0, 3), slice(3, 6))
         for a, b in pairs
     ]

@@ -153,6 +153,7 @@ def mmd_rbf(
     kernels: int = 5,
     factor: float = 2.0,
     bandwidth: float | None = None,
+    biased: bool = True,
 ) -> Tensor:
     r"""Squared maximum mean discrepancy under a sum of RBF kernels.
 
@@ -167,6 +168,9 @@ def mmd_rbf(
         factor: between the bandwidths of neighbouring kernels.
         bandwidth: h times factor^(kernels // 2), the middle one; none: the mean squared distance
             of different rows of both samples together.
+        biased: keep the diagonal. Without it the mean over samples does not depend on their
+            size (the U-statistic of Gretton et al., JMLR 2012), and the value may be negative;
+            of a single row the diagonal is all there is, and is kept.
 
     Raises:
         ModelError: widths that differ, or an empty sample.
@@ -192,9 +196,16 @@ def mmd_rbf(
     least = width / factor ** (kernels // 2)
     kernel = torch.stack([torch.exp(-squared / (least * factor**i)) for i in range(kernels)]).sum(0)
     split = len(first)
+
+    def within(block: Tensor) -> Tensor:
+        rows = len(block)
+        if biased or rows == 1:
+            return block.mean()
+        return (block.sum() - block.diagonal().sum()) / (rows * rows - rows)
+
     return (
-        kernel[:split, :split].mean()
-        + kernel[split:, split:].mean()
+        within(kernel[:split, :split])
+        + within(kernel[split:, split:])
         - kernel[:split, split:].mean()
         - kernel[split:, :split].mean()
     )

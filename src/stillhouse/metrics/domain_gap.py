@@ -22,7 +22,9 @@ def domain_gap(
 ) -> float:
     """Mean over classes and pairs of holders of the squared MMD between a class's features.
 
-    The biased form of `mmd_rbf`: compare only sets of equal size, under one bandwidth.
+    The unbiased form of `mmd_rbf`: of a few random rows it tells, on average, what all rows
+    tell, where the biased form would call small samples of one domain far apart. So it may be
+    negative. Compare under one bandwidth.
 
     Args:
         features: (N_k, D) of each holder.
@@ -37,7 +39,7 @@ def domain_gap(
     for label in range(classes):
         own = [f[y == label] for f, y in zip(features, labels, strict=True)]
         own = [rows for rows in own if len(rows)]
-        found += [mmd_rbf(a, b, bandwidth=bandwidth) for a, b in combinations(own, 2)]
+        found += [mmd_rbf(a, b, bandwidth=bandwidth, biased=False) for a, b in combinations(own, 2)]
     if not found:
         raise DataError("a domain gap needs a class that two holders have")
     return float(torch.stack(found).mean())
