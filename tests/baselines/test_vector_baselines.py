@@ -22,20 +22,10 @@ from stillhouse.recipe import load_recipe
 from stillhouse.recipe_models import open_method
 from stillhouse.teacher import Knowledge
 
-WORDS = [
-    "wing",
-    "heat",
-    "flow",
-    "shock",
-    "plate",
-    "gas",
-    "nose",
-    "cone",
-    "jet",
-    "wave",
-    "drag",
-    "lift",
-]
+WORDS = (
+    *("wing", "heat", "flow", "shock", "plate", "gas"),
+    *("nose", "cone", "jet", "wave", "drag", "lift"),
+)
 
 
 def texts(count: int = 40) -> list[str]:

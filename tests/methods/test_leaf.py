@@ -546,6 +546,22 @@ def test_a_student_that_is_its_teacher_is_judged_as_the_teacher_is(tmp_path):
     assert job.evaluate(net, splits.judging()["test"])["ndcg@10"] == figures["ndcg@10"]
 
 
+def test_plain_texts_are_judged_by_how_near_the_vectors_are(tmp_path):
+    student = Bag()
+
+    def encode(texts: list[str]) -> Tensor:
+        with torch.no_grad():
+            return -student(texts)
+
+    plain = Splits({role: TensorSource({"text": ["a wing", "heat"]}, name=role)
+                    for role in ("train", "test")}, "plain")  # fmt: skip
+    artifact, job = trained(tmp_path, teacher=named(encode), splits=plain, student=Bag())
+    figures = judge_vectors(job.judging(), job.task.net(student), named(encode))
+    assert figures == pytest.approx({"cosine": -1.0})
+    artifact.meta["figures"] = figures
+    assert Leaf().details(job, artifact) == {"tables": []}
+
+
 def test_a_turned_student_is_as_good_alone_and_lost_beside_its_teacher(tmp_path):
     turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(3))).Q
     student, turned = Bag(), Bag()

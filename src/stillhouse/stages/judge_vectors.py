@@ -91,6 +91,11 @@ class Judged:
         rows = torch.cat([self.queries, self.first, self.second])
         return rows if len(rows) else torch.arange(self.count)
 
+    @property
+    def scored(self) -> bool:
+        """Whether there is anything to judge by: a collection, or pairs."""
+        return len(self.queries) > 0 or len(self.first) > 0
+
     def sides(self) -> tuple[Tensor, Tensor]:
         """Rows of what asks and of what is found; of the pairs where there is no collection."""
         if len(self.queries):
@@ -144,7 +149,8 @@ def judge_vectors(
         student's own states), and "full_teacher_" where `width` cuts it; the main figure with
         "_16" ... for first coordinates, "_int8", "_binary" (Hamming distance) and "_rescored"
         (whole queries, documents' signs);
-        "curve_agreement", the rank correlation of the student's forms with the teacher's.
+        "curve_agreement", the rank correlation of the student's forms with the teacher's. Of
+        plain texts, without a collection and without pairs, "cosine" alone.
 
     Raises:
         ModelError: student and teacher have vectors of different width.
@@ -152,6 +158,8 @@ def judge_vectors(
     source = job.splits[split]
     judged = Judged.of(read_rows(source, torch.arange(len(source)), None, job.task.collate))
     own = student_vectors(job, net, split)
+    if not judged.scored:
+        return _nearness(judged, own, teacher_vectors(job, teacher, split), width)
     figures = {**plain_figures(judged, own, own), f"chance_{judged.main}": chance(judged)}
     curves = {"standard": forms(judged, own, own, widths)}
     other = teacher_vectors(job, teacher, split)
@@ -218,14 +226,25 @@ def beside(judged: Judged, own: Tensor, other: Tensor) -> dict[str, float]:
     asymmetric, teacher = (plain_figures(judged, asks, other) for asks in (own, other))
     figures = {f"asymmetric_{name}": value for name, value in asymmetric.items()}
     figures |= {f"teacher_{name}": value for name, value in teacher.items()}
-    rows = judged.held_out()
-    figures["cosine"] = float(F.cosine_similarity(own[rows], other[rows], dim=-1).mean())
+    figures |= _nearness(judged, own, other)
     best = teacher[judged.main]
     if best > 0:
         alone = plain_figures(judged, own, own)[judged.main]
         figures["retention"] = alone / best
         figures["asymmetric_retention"] = asymmetric[judged.main] / best
     return figures
+
+
+def _nearness(
+    judged: Judged, own: Tensor, other: Tensor | None, width: int | None = None
+) -> dict[str, float]:
+    """The mean cosine with the teacher's vectors on held-out texts; all there is without scores."""
+    if other is None:
+        return {}
+    other = other if width is None else truncate(other, width)
+    _same_width(own, other)
+    rows = judged.held_out()
+    return {"cosine": float(F.cosine_similarity(own[rows], other[rows], dim=-1).mean())}
 
 
 def forms(judged: Judged, asks: Tensor, answers: Tensor, widths: Sequence[int]) -> dict[str, float]:
@@ -326,6 +345,8 @@ def tables(figures: Mapping[str, Any], widths: Sequence[int]) -> list[dict[str, 
         widths: see `judge_vectors`.
     """
     main = f"ndcg@{AT}" if f"ndcg@{AT}" in figures else "spearman"
+    if main not in figures:
+        return []
     names = [n for n in (f"ndcg@{AT}", f"mrr@{AT}", "map", "spearman", "pearson") if n in figures]
     starts = {"standard": "", "asymmetric": "asymmetric_", "teacher": "teacher_"}
     shown = {m: s for m, s in starts.items() if f"{s}{main}" in figures}
