@@ -452,7 +452,7 @@ def test_two_processes_equal_one(tmp_path):
 def test_killed_and_resumed_it_ends_the_same(kill_and_resume, tmp_path):
     def chosen():
         return recipe(
-            budget={"epochs": 60, "batch": 16, "lr": 1e-3},
+            budget={"epochs": 30, "batch": 16, "lr": 1e-3},
             output={"checkpoint_minutes": 1e-4},
         )
 
