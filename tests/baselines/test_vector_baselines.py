@@ -14,7 +14,7 @@ from stillhouse.batch import Batch
 from stillhouse.clock import Clock
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.launch import open_job
-from stillhouse.losses.contrastive import in_batch
+from stillhouse.losses.contrastive import infonce
 from stillhouse.losses.relations import similarity_matrix
 from stillhouse.models.lsa import LatentSemantics
 from stillhouse.net import Net
@@ -97,12 +97,13 @@ def test_the_contrast_of_both_kinds_of_pairs(pairs):
     batch = Batch(x=x, id=torch.arange(8))
     loss = made(batch, Knowledge({"embedding": target}), clock)["contrast"]
     other = net(part_of(x, batch["id"], clock.seed_for("part"), 0.5))["embedding"]
-    wanted = in_batch(net(x)["embedding"], other if pairs == "words" else target, 0.2)
+    theirs = other if pairs == "words" else target
+    wanted = infonce(net(x)["embedding"], theirs, temperature=0.2)
     assert torch.allclose(loss, wanted)
     with pytest.raises(RecipeError, match="above 0"):
-        in_batch(x, x, 0.0)
-    with pytest.raises(ModelError, match="matching vectors"):
-        in_batch(x, target, 0.1)
+        infonce(x, x, temperature=0.0)
+    with pytest.raises(ModelError, match="equal width"):
+        infonce(x, target, temperature=0.1)
 
 
 def test_similarities_of_the_rows_on_which_the_teacher_has_spoken():
