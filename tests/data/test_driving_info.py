@@ -11,7 +11,7 @@ import torch
 from stillhouse.data.driving_info import read_info, resized
 from stillhouse.data.registry import open_data
 from stillhouse.errors import DataError
-from stillhouse.parts.bev_boxes import corners, points_per_box
+from stillhouse.parts.boxes import corners, points_per_box
 from stillhouse.parts.cameras import project, visible
 
 KITTI = "lidar/kitti/000008.json"

@@ -18,7 +18,7 @@ from stillhouse.data.driving_world import (
 from stillhouse.data.ray_casting import FAR, GROUND, SKY, Solids, cast
 from stillhouse.data.registry import open_data
 from stillhouse.errors import OptionError
-from stillhouse.parts.bev_boxes import corners, points_in_boxes, points_per_box
+from stillhouse.parts.boxes import corners, points_in_boxes, points_per_box
 from stillhouse.parts.cameras import apply_pose, inverse_pose, project, visible
 from stillhouse.teacher import Ragged
 

@@ -25,8 +25,8 @@ from stillhouse.methods.driving.unidistill import (
     at_nine_points,
 )
 from stillhouse.opening import open_artifact
-from stillhouse.parts.bev_boxes import ground_corners, nine_points
 from stillhouse.parts.bev_grid import Grid
+from stillhouse.parts.boxes import ground_corners, nine_points
 from stillhouse.parts.centre_maps import gaussian_mask, gaussian_radius
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe_models import Given, open_method

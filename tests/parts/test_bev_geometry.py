@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.parts.bev_boxes import (
+from stillhouse.parts.bev_grid import Grid, sample_maps
+from stillhouse.parts.boxes import (
     corners,
     ground_corners,
     into_box,
@@ -19,7 +20,6 @@ from stillhouse.parts.bev_boxes import (
     points_per_box,
     wrapped,
 )
-from stillhouse.parts.bev_grid import Grid, sample_maps
 from stillhouse.parts.cameras import not_hidden, on_ground, pixel_rays, project, visible
 from stillhouse.parts.centre_maps import (
     at_centres,

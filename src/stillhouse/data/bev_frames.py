@@ -19,7 +19,7 @@ from stillhouse.batch import Batch, Sample
 from stillhouse.clock import Views
 from stillhouse.data.cached import tensors_hash
 from stillhouse.errors import DataError
-from stillhouse.parts.bev_boxes import moved, turned
+from stillhouse.parts.boxes import moved, turned
 from stillhouse.teacher import Ragged
 
 

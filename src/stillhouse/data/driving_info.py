@@ -20,8 +20,8 @@ from torch import Tensor
 from stillhouse.batch import Splits
 from stillhouse.data.bev_frames import BevAugment, BevSource, Frames
 from stillhouse.errors import DataError, nearest
-from stillhouse.parts.bev_boxes import points_per_box, wrapped
 from stillhouse.parts.bev_grid import Grid
+from stillhouse.parts.boxes import points_per_box, wrapped
 from stillhouse.teacher import Ragged
 
 Kind = Literal["kitti", "nuscenes"]

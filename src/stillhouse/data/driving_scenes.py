@@ -25,8 +25,8 @@ from stillhouse.data.driving_world import CATEGORIES, SURFACES, Frame, Sensors, 
 from stillhouse.data.options import DataOptions
 from stillhouse.data.roots import cache_folder
 from stillhouse.errors import DataError
-from stillhouse.parts.bev_boxes import points_per_box
 from stillhouse.parts.bev_grid import Grid
+from stillhouse.parts.boxes import points_per_box
 from stillhouse.teacher import Ragged
 
 VERSION = 1  # of the simulator: part of the name under which scenes are kept

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.parts.bev_boxes import corners, ground_corners
 from stillhouse.parts.bev_grid import Grid
+from stillhouse.parts.boxes import corners, ground_corners
 from stillhouse.parts.cameras import project
 
 SIDE = 360

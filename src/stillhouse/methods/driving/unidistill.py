@@ -46,8 +46,8 @@ from stillhouse.losses.features import absolute_by_item
 from stillhouse.losses.relations import gram
 from stillhouse.method import Card, Claim, MethodConfig, StudentTraining, Variant
 from stillhouse.objective import Count, Objective
-from stillhouse.parts.bev_boxes import nine_points
 from stillhouse.parts.bev_grid import Grid, sample_maps
+from stillhouse.parts.boxes import nine_points
 from stillhouse.parts.centre_maps import gaussian_mask
 from stillhouse.tasks.driving import GridNet, boxes_in_batch
 from stillhouse.teacher import Knowledge, Want
