@@ -32,7 +32,7 @@ def measure(bench: Bench) -> Row:
             "Trainer": [bench.python, HOME / "sides" / "e1_trainer.py", step],
         }
         found = bench.interleaved(sides, 3, warm=False)
-        more = bench.interleaved({k: sides[k] for k in ("bare", "ours")}, 4, warm=False)
+        more = bench.interleaved({k: sides[k] for k in ("bare", "ours")}, 2, warm=False)
         for name, rounds in more.items():
             found[name] += rounds
         row.add(f"{step} step / bare loop", ratios(found, "ours", "bare", "s"), f"<= {limit}")
