@@ -103,3 +103,11 @@ def test_errors_by_frequency():
 
 def test_loops_come_last():
     assert with_loops(PATH, 5)[:, 4:].tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_a_request_does_not_look_at_the_whole_graph_again(monkeypatch):
+    graph = Graph(torch.randn(30, 4), torch.tensor([[0, 1], [1, 0]]))
+    Nodes(graph, torch.tensor([3])).sparse()
+    monkeypatch.setattr(torch, "count_nonzero", lambda *_: pytest.fail("a second look"))
+    found = Nodes(graph, torch.tensor([7])).sparse()
+    assert torch.equal(found, graph.dense()[7:8])

@@ -42,6 +42,7 @@ class Graph:
         self.nodes = len(features)
         self._dense = features if isinstance(features, Tensor) else None
         self._sparse = features if isinstance(features, SparseMatrix) else None
+        self._mostly_zero: bool | None = None  # not looked at yet
         self._fingerprint = ""
         self._elsewhere: dict[torch.device, Graph] = {}
 
@@ -66,10 +67,16 @@ class Graph:
         return self._dense
 
     def sparse(self) -> Tensor | SparseMatrix:
-        """The features as a sparse matrix, where most of them are 0; else dense."""
+        """The features as a sparse matrix, where most of them are 0; else dense.
+
+        All of them are looked at once: a request for one node must not cost a pass over the graph.
+        """
         if self._sparse is None:
             dense = self.dense()
-            if int((dense != 0).sum()) > _SPARSE_BELOW * max(1, dense.numel()):
+            if self._mostly_zero is None:
+                found = int(torch.count_nonzero(dense))
+                self._mostly_zero = found <= _SPARSE_BELOW * max(1, dense.numel())
+            if not self._mostly_zero:
                 return dense
             with torch.inference_mode(False):
                 self._sparse = SparseMatrix.of(dense)

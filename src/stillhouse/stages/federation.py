@@ -38,6 +38,7 @@ from stillhouse.engine.checkpoint import read_state, write_state
 from stillhouse.engine.job import Job
 from stillhouse.errors import CheckpointError, ModelError, RecipeError, nearest
 from stillhouse.method import Method
+from stillhouse.writing import file_name
 
 State = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -168,7 +169,9 @@ class InProcess:
         self, clients: Mapping[str, Client], seed: int, folder: Path | None = None
     ) -> None:
         self.clients = {
-            name: Remembering(name, client, seed, None if folder is None else folder / _safe(name))
+            name: Remembering(
+                name, client, seed, None if folder is None else folder / file_name(name)
+            )
             for name, client in clients.items()
         }
 
@@ -344,12 +347,6 @@ def participants(clients: Sequence[str], share: float, generator: Generator) -> 
         return list(clients)
     chosen = torch.randperm(len(clients), generator=generator)[:count].sort().values
     return [clients[number] for number in chosen.tolist()]
-
-
-def _safe(name: str) -> str:
-    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    # Two names that become one would share a memory.
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def selected_rounds(rounds: int, gap: int, updates: int) -> list[int]:
