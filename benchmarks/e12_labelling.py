@@ -20,7 +20,7 @@ def measure(bench: Bench) -> Row:
         "bare": [bench.python, HOME / "sides" / "e12_bare.py"],
         "ours": [bench.python, HOME / "sides" / "e12_ours.py"],
     }
-    found = bench.interleaved(sides, 5, warm=False)
+    found = bench.interleaved(sides, 4, warm=False)
     beside = bench.interleaved(
         {"ours": sides["ours"], "distilabel": [peer, HOME / "sides" / "e12_distilabel.py"]},
         1,

@@ -9,7 +9,7 @@ from contest import HOME, ROOT, Bench, Row
 ROW = "E4b"
 ABOUT = """What a store of the teacher's outputs saves
 Ours live beside ours from a store, whole recipes: ResNet-56 teaches ResNet-20 and ResNet-8 on
-CIFAR-10 with crop and flip (320 images, batch 32, `draws: 4`), and MobileNetV2 labels images of
+CIFAR-10 with crop and flip (160 images, batch 32, `draws: 4`), and MobileNetV2 labels images of
 224 pixels for a small ConvNet. The ceiling is (t_teacher + t_student) / t_student of the live
 training in the same process; the time of a step is the processor time that `run --profile` books,
 of the quicker of two trainings of each kind, which take turns. Captured are all draws, once."""

@@ -9,7 +9,7 @@ from contest import HOME, ROOT, Bench, Row
 ROW = "E6b"
 ABOUT = """How many classes to keep of a language model's answer
 Cosine between the exact gradient of forward KL and that of stored classes, on real logits:
-SmolLM2-135M (49,152 classes) on 256 tokens of GSM8K and of plays, students cut from its own
+SmolLM2-135M (49,152 classes) on 192 tokens of GSM8K and of plays, students cut from its own
 layers without training ("near": three late layers left out; "far": half of the layers). In the
 logits (mean over tokens) and in the head's weight. "tail" keeps the missing mass as one number."""
 GOOD = 0.99

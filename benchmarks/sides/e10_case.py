@@ -9,7 +9,7 @@ from e5_case import LENGTH, WIDTH, encoder
 
 from stillhouse.models.sentence_embedder import SentenceEmbedder
 
-BATCH, EPOCHS, RATE = 64, 8, 1e-3
+BATCH, EPOCHS, RATE = 64, 6, 1e-3
 CONFIG = {
     "num_hidden_layers": 2,
     "hidden_size": 128,

@@ -38,7 +38,7 @@ def cifar(student: str) -> tuple[dict, dict]:
         "data": {
             "name": "cifar10",
             "options": {
-                "per_class": {"train": 32, "test": 1},
+                "per_class": {"train": 16, "test": 1},
                 "augment": "crop+flip",
                 "val": 0,
             },

@@ -15,7 +15,7 @@ from stillhouse.losses.logits import kl, topk_kl
 from stillhouse.models.loading import load_model
 
 KS = (8, 16, 32, 64, 128, 256)
-TOKENS, SPAN = 256, 256
+TOKENS, SPAN = 192, 192
 FORMS = {"topk": "tail", "truncate": "truncate", "sample": "sample"}
 DATA = Path(os.environ["STILLHOUSE_DATA"]) / "llm_text"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -15,8 +15,14 @@ from stillhouse.errors import CheckpointError
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, synced: bool = True) -> None:
     """Write a file so that it is either whole or absent, and survives a power cut.
+
+    Args:
+        path: of the file.
+        data: what it holds.
+        synced: wait until it is on the disk; else a power cut (no kill) may leave it damaged,
+            and no time is spent on waiting.
 
     Raises:
         CheckpointError: the disk is full, or the file cannot be written; the old one, if any,
@@ -28,7 +34,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         with open(aside, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -116,9 +116,9 @@ def _decode(shape: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _decode(v, tensors) for key, v in value}
 
 
-def write_state(path: Path, state: Any) -> None:
-    """Pack and write a state atomically."""
-    write_atomic(path, pack(state))
+def write_state(path: Path, state: Any, *, synced: bool = True) -> None:
+    """Pack and write a state atomically; see `write_atomic` for `synced`."""
+    write_atomic(path, pack(state), synced=synced)
 
 
 def read_state(path: Path) -> Any:

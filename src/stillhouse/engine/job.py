@@ -296,8 +296,9 @@ class Job:
         *,
         stamp: Mapping[str, Any] | None = None,
         share: Mapping[str, Any] | None = None,
+        elsewhere: bool = False,
     ) -> Stage:
-        """Open a stage: the primitive under all others.
+        """Open a stage: the primitive under all others; see `Stage` for the arguments.
 
         Raises:
             RecipeError: the name was used before under this path; the second stage would
@@ -332,6 +333,7 @@ class Job:
             checkpoint_seconds=60.0 * getattr(output, "checkpoint_minutes", 1.0),
             keep=getattr(output, "keep", 2),
             anew=again,
+            elsewhere=elsewhere,
         )
 
     @contextlib.contextmanager
@@ -454,7 +456,7 @@ class Job:
         Returns:
             `into`.
         """
-        stage = self.stage(name, kind)
+        stage = self.stage(name, kind, elsewhere=True)
         with self._open(stage, False):
             # A store in the cache may have lost records since the stage was finished.
             if not stage.finished or not getattr(into, "complete", True):

@@ -74,6 +74,8 @@ class Stage:
         path: the stage's path within the run, part of every seed.
         stamp: what must be equal when the stage is resumed (steps, data, teacher, shapes).
         anew: what an earlier run left here does not count; `forget` removes it.
+        elsewhere: what it makes lies elsewhere and tells how far it is, so that the files here
+            may be lost: they are not waited for, and damaged ones are removed.
 
     Raises:
         CheckpointError: the folder holds a stage with another stamp.
@@ -93,9 +95,10 @@ class Stage:
         checkpoint_seconds: float = 60.0,
         keep: int = 2,
         anew: bool = False,
+        elsewhere: bool = False,
     ) -> None:
         self.name, self.kind, self.folder, self.path = name, kind, folder, path
-        self.anew = anew
+        self.anew, self.elsewhere = anew, elsewhere
         self.log, self.hardware, self.stop = log, hardware, stop
         self.rotation = Rotation(folder, keep)
         self.checkpoint_seconds = checkpoint_seconds
@@ -103,6 +106,8 @@ class Stage:
         self.figures: dict[str, Any] = {}
         self._began = time.monotonic()
         self._saved = self._began
+        if elsewhere:
+            self._drop_damaged()
         self._check_stamp(dict(stamp or {}))
 
     @property
@@ -129,7 +134,16 @@ class Stage:
 
     def _write_stamp(self, stamp: dict[str, Any]) -> None:
         if self.hardware.is_main:
-            write_state(self.folder / STAMP, stamp)
+            write_state(self.folder / STAMP, stamp, synced=not self.elsewhere)
+
+    def _drop_damaged(self) -> None:
+        if self.hardware.is_main:
+            for path in (self.folder / STAMP, self.result_path):
+                try:
+                    read_state(path)
+                except CheckpointError:
+                    path.unlink(missing_ok=True)
+        self.hardware.barrier()
 
     def _left_nothing(self) -> bool:
         return all(file.name in {STAMP, "lock"} for file in self.folder.iterdir())
@@ -186,6 +200,7 @@ class Stage:
             write_state(
                 self.result_path,
                 {"result": result, "seconds": self.seconds, "figures": self.figures},
+                synced=not self.elsewhere,
             )
             self.rotation.clear()
         self.hardware.barrier()
