@@ -19,7 +19,6 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from stillhouse import catalogue
-from stillhouse.baselines.dm import MeanMatching
 from stillhouse.batch import Splits, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.data.clients import client_source, joined_clients
@@ -41,6 +40,7 @@ from stillhouse.opening import open_artifact
 from stillhouse.parts.augment import DSA
 from stillhouse.parts.class_statistics import class_statistics, normal_images
 from stillhouse.parts.distilled_set import DistilledSet
+from stillhouse.parts.pixel_matching import MeanMatching
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe_models import Given, open_method
 from stillhouse.stages.federation import InProcess, Server, packed

@@ -10,36 +10,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
-from stillhouse.losses.distributions import dm
 from stillhouse.method import Card, Claim, Variant
-from stillhouse.net import Output
 from stillhouse.parts.augment import DSA
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.parts.net_pool import NetPool
-from stillhouse.parts.pixel_matching import DrawReal, PixelMatching
+from stillhouse.parts.pixel_matching import DrawReal, MeanMatching
 from stillhouse.stages.pixel_distillation import PixelConfig, PixelDistillation
-
-
-class MeanMatching(PixelMatching):
-    """The loss of distribution matching on a set's pixels."""
-
-    def distances(
-        self,
-        synthetic: Output,
-        real: Output,
-        synthetic_counts: Sequence[int],
-        real_counts: Sequence[int],
-    ) -> dict[str, Tensor]:
-        """The term `mmd`, a sum over the given classes."""
-        distance = dm(
-            synthetic["taps"]["embed"].flatten(1),
-            real["taps"]["embed"].flatten(1),
-            synthetic_counts=synthetic_counts,
-            real_counts=real_counts,
-        )
-        return {"mmd": distance}
 
 
 class DM(PixelDistillation):

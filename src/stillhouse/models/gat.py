@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import ModelError
-from stillhouse.models.gcn import check_sizes
+from stillhouse.models.graph_layers import check_sizes
 from stillhouse.parts.graph import with_loops
 from stillhouse.parts.sparse import SparseMatrix, linear
 

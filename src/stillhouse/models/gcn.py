@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from stillhouse.errors import ModelError
-from stillhouse.parts.graph import passing
-from stillhouse.parts.sparse import SparseMatrix, linear
+from stillhouse.models.graph_layers import Convolution, Convolutions, check_sizes
 
 
-class GCN(nn.Module):
+class GCN(Convolutions):
     r"""Layers :math:`D^{-1/2} (A + I) D^{-1/2} H W + b`, ReLU and dropout between them.
 
     Args:
@@ -24,17 +17,9 @@ class GCN(nn.Module):
         layers: number of layers, >= 1.
         dropout: after each hidden layer, in [0, 1).
 
-    Attributes:
-        sparse: it takes features as a sparse matrix.
-        reads_edges: it takes edges.
-        hops: how far away what it reads lies.
-
     Raises:
         ModelError: a number out of range.
     """
-
-    sparse: ClassVar[bool] = True
-    reads_edges: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -44,32 +29,12 @@ class GCN(nn.Module):
         layers: int = 2,
         dropout: float = 0.5,
     ) -> None:
-        super().__init__()
         check_sizes("a GCN", classes, inputs, width, layers, dropout)
         sizes = [inputs, *[width] * (layers - 1), classes]
-        self.layers = nn.ModuleList(GCNLayer(a, b) for a, b in pairwise(sizes))
-        self.dropout = dropout
-        self.hops = layers
-
-    def forward(self, x: Tensor | SparseMatrix, edge_index: Tensor) -> Tensor:
-        """Class scores of every node.
-
-        Args:
-            x: (N, inputs).
-            edge_index: (2, E) from source to target, without loops.
-
-        Returns:
-            Logits (N, classes).
-        """
-        for number, layer in enumerate(self.layers):
-            if number:
-                x = F.dropout(torch.relu(x), self.dropout, self.training)  # type: ignore[arg-type]
-            x = layer(x, edge_index)
-        assert isinstance(x, Tensor)
-        return x
+        super().__init__((GCNLayer(a, b) for a, b in pairwise(sizes)), dropout)
 
 
-class GCNLayer(nn.Module):
+class GCNLayer(Convolution):
     """One graph convolution without activation.
 
     Args:
@@ -78,29 +43,4 @@ class GCNLayer(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=False)
-        nn.init.xavier_uniform_(self.linear.weight)
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor | SparseMatrix, edge_index: Tensor) -> Tensor:
-        """(N, outputs)."""
-        matrix = passing(edge_index, x.shape[0], "gcn")
-        if isinstance(x, Tensor) and self.linear.in_features < self.linear.out_features:
-            return linear(self.linear, matrix.product(x)) + self.bias
-        return matrix.product(linear(self.linear, x)) + self.bias
-
-
-def check_sizes(
-    what: str, classes: int, inputs: int, width: int, layers: int, dropout: float
-) -> None:
-    """Refuse sizes that make no network of nodes.
-
-    Raises:
-        ModelError: names all of them.
-    """
-    if min(classes, inputs, width, layers) < 1 or not 0.0 <= dropout < 1.0:
-        raise ModelError(
-            f"{what} needs numbers >= 1 and dropout in [0, 1), got classes={classes}, "
-            f"inputs={inputs}, width={width}, layers={layers}, dropout={dropout}"
-        )
+        super().__init__(inputs, outputs, "gcn")

@@ -189,13 +189,17 @@ def reference_networks() -> dict[str, tuple[str, str]]:
 
 
 def _module_classes(body: list[ast.stmt]) -> list[str]:
-    """Names of the classes of a file that derive from nn.Module, directly or by each other."""
+    """Names of the classes of a file that derive from nn.Module, also through a neighbour's."""
     found: list[str] = []
+    bases = {"nn.Module"}
     for node in body:
-        if isinstance(node, ast.ClassDef):
-            bases = [ast.unparse(base) for base in node.bases]
-            if "nn.Module" in bases or any(base in found for base in bases):
-                found.append(node.name)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{__package__}."):
+            neighbour = Path(__file__).with_name(f"{str(node.module).rpartition('.')[2]}.py")
+            theirs = _module_classes(ast.parse(neighbour.read_text(encoding="utf-8")).body)
+            bases |= {alias.asname or alias.name for alias in node.names if alias.name in theirs}
+        elif isinstance(node, ast.ClassDef) and bases & {ast.unparse(b) for b in node.bases}:
+            found.append(node.name)
+            bases.add(node.name)
     return found
 
 

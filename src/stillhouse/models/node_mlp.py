@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.models.gcn import check_sizes
+from stillhouse.models.graph_layers import check_sizes
 from stillhouse.parts.sparse import SparseMatrix, linear
 
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from stillhouse.models.gcn import check_sizes
-from stillhouse.parts.graph import passing
-from stillhouse.parts.sparse import SparseMatrix, linear
+from stillhouse.models.graph_layers import Convolution, Convolutions, check_sizes
 
 
-class SAGE(nn.Module):
+class SAGE(Convolutions):
     """Layers W (sum of the neighbours and itself) / (deg + 1) + b, ReLU and dropout between.
 
     Args:
@@ -26,17 +19,9 @@ class SAGE(nn.Module):
         self_loops: as released code of FF-G2M and GLNN runs it, on a graph that holds loops
             already, so that a node counts itself twice.
 
-    Attributes:
-        sparse: it takes features as a sparse matrix.
-        reads_edges: it takes edges.
-        hops: how far away what it reads lies.
-
     Raises:
         ModelError: a number out of range.
     """
-
-    sparse: ClassVar[bool] = True
-    reads_edges: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -47,32 +32,12 @@ class SAGE(nn.Module):
         dropout: float = 0.5,
         self_loops: bool = False,
     ) -> None:
-        super().__init__()
         check_sizes("a GraphSAGE", classes, inputs, width, layers, dropout)
         sizes = [inputs, *[width] * (layers - 1), classes]
-        self.layers = nn.ModuleList(SAGELayer(a, b, self_loops) for a, b in pairwise(sizes))
-        self.dropout = dropout
-        self.hops = layers
-
-    def forward(self, x: Tensor | SparseMatrix, edge_index: Tensor) -> Tensor:
-        """Class scores of every node.
-
-        Args:
-            x: (N, inputs).
-            edge_index: (2, E) from source to target, without loops.
-
-        Returns:
-            Logits (N, classes).
-        """
-        for number, layer in enumerate(self.layers):
-            if number:
-                x = F.dropout(torch.relu(x), self.dropout, self.training)  # type: ignore[arg-type]
-            x = layer(x, edge_index)
-        assert isinstance(x, Tensor)
-        return x
+        super().__init__((SAGELayer(a, b, self_loops) for a, b in pairwise(sizes)), dropout)
 
 
-class SAGELayer(nn.Module):
+class SAGELayer(Convolution):
     """One layer of the gcn aggregator, without activation.
 
     Args:
@@ -82,15 +47,4 @@ class SAGELayer(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, self_loops: bool = False) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=False)
-        nn.init.xavier_uniform_(self.linear.weight)
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.self_loops = self_loops
-
-    def forward(self, x: Tensor | SparseMatrix, edge_index: Tensor) -> Tensor:
-        """(N, outputs)."""
-        matrix = passing(edge_index, x.shape[0], "sage-loops" if self.self_loops else "sage")
-        if isinstance(x, Tensor) and self.linear.in_features < self.linear.out_features:
-            return linear(self.linear, matrix.product(x)) + self.bias
-        return matrix.product(linear(self.linear, x)) + self.bias
+        super().__init__(inputs, outputs, "sage-loops" if self_loops else "sage")

@@ -3,7 +3,7 @@
 What distribution matching and its kin share: pixels as parameters, a frozen network per step
 (a fresh one unless a subclass says otherwise), real and synthetic images of a class under one
 siamese augmentation, and a loss that is a sum over classes. Subclasses say by what distance a
-class is matched, and may learn more than pixels.
+class is matched, and may learn more than pixels; distribution matching itself is the last one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from stillhouse.batch import Batch, Draws, Order
 from stillhouse.clock import Clock
 from stillhouse.errors import TrainingError
+from stillhouse.losses.distributions import dm
 from stillhouse.net import Net, Output
 from stillhouse.objective import Objective
 from stillhouse.parts.augment import DSA
@@ -179,3 +180,26 @@ class PixelMatching(Objective):
     def export(self) -> nn.Module:
         """The objective itself: what is deployed is `distilled()`."""
         return self
+
+
+class MeanMatching(PixelMatching):
+    """Distribution matching (Zhao & Bilen, WACV 2023): mean embeddings of each class.
+
+    Networks have the tap "embed".
+    """
+
+    def distances(
+        self,
+        synthetic: Output,
+        real: Output,
+        synthetic_counts: Sequence[int],
+        real_counts: Sequence[int],
+    ) -> dict[str, Tensor]:
+        """The term `mmd`, a sum over the given classes."""
+        distance = dm(
+            synthetic["taps"]["embed"].flatten(1),
+            real["taps"]["embed"].flatten(1),
+            synthetic_counts=synthetic_counts,
+            real_counts=real_counts,
+        )
+        return {"mmd": distance}

@@ -49,7 +49,6 @@ from torch.optim import SGD
 
 from stillhouse._version import __version__
 from stillhouse.artifact import Artifact
-from stillhouse.baselines.dm import MeanMatching
 from stillhouse.batch import Batch, Source, TensorSource
 from stillhouse.clock import Clock
 from stillhouse.data.clients import client_source
@@ -65,6 +64,7 @@ from stillhouse.parts.augment import DSA
 from stillhouse.parts.class_statistics import class_statistics, normal_images
 from stillhouse.parts.distilled_set import DistilledSet, MeanStd
 from stillhouse.parts.net_pool import NetPool
+from stillhouse.parts.pixel_matching import MeanMatching
 from stillhouse.stages.federation import (
     FederatedMethod,
     Message,
