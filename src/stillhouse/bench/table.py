@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from stillhouse.bench import results as recorded
@@ -17,25 +17,35 @@ Made by `python -m stillhouse.bench.table` from `results/*.json`; do not edit. E
 follows from paired differences over seeds and their 95% t interval: *supported* when the
 interval lies wholly beyond the claim's margin in its favour, *not supported* when it lies
 wholly at or beyond it against, else *inconclusive*. Sides share data, splits, models, initial
-weights, batches and steps. *Stale* means that the method's file has changed since.
+weights, batches and steps. *Stale* means that the method's file has changed since. A further
+case of a method is named by its folder: `ffg2m: citeseer` is `results/citeseer/ffg2m.json`.
 """
 
 
-def read_all(folder: Path | str) -> list[Results]:
-    """All results in a folder, by method; those of folders inside it are further cases.
+def read_all(folder: Path | str) -> dict[str, Results]:
+    """All results in a folder by their titles, those of one method behind each other.
+
+    `<id>.json` has the method's name as its title. A folder inside holds a further case and names
+    it: `citeseer/ffg2m.json` is "ffg2m: citeseer", which tells other data, models or budgets apart
+    alike.
 
     Raises:
         CheckpointError: one of them is damaged.
     """
-    paths = sorted(Path(folder).rglob("*.json"), key=lambda path: (path.name, len(path.parts)))
-    return [recorded.read(path) for path in paths]
+    home = Path(folder)
+    found = {}
+    for path in sorted(home.rglob("*.json"), key=lambda path: (path.stem, path.parent)):
+        case = "/".join(path.relative_to(home).parts[:-1])
+        results = recorded.read(path)
+        found[f"{results.method}: {case}" if case else results.method] = results
+    return found
 
 
-def markdown(found: Sequence[Results], hashes: Mapping[str, str] | None = None) -> str:
+def markdown(found: Mapping[str, Results], hashes: Mapping[str, str] | None = None) -> str:
     """The page.
 
     Args:
-        found: results, those of one method behind each other.
+        found: results by title, see `read_all`.
         hashes: file hash of each method as it is now; a method that is not in it is not
             called stale. None: as the catalogue has them.
     """
@@ -46,7 +56,7 @@ def markdown(found: Sequence[Results], hashes: Mapping[str, str] | None = None) 
             name: recorded.file_hash(entry.file) for name, entry in catalogue.entries().items()
         }
     parts = [HEAD, _overview(found, hashes)]
-    for results, title in zip(found, _titles(found), strict=True):
+    for title, results in found.items():
         parts.append(_section(results, title, _is_stale(results, hashes)))
     return "\n".join(part for part in parts if part)
 
@@ -64,28 +74,18 @@ def write(folder: Path | str = "results", out: Path | str = "docs/results.md") -
     return place
 
 
-def _titles(found: Sequence[Results]) -> list[str]:
-    """The method of each; a further case of it is told by its data."""
-    titles: list[str] = []
-    for results in found:
-        data = " and ".join(dict.fromkeys(str(d.get("name") or "") for d in results.data))
-        again = results.method in titles
-        titles.append(f"{results.method} on {data}" if again else results.method)
-    return titles
-
-
 def _is_stale(results: Results, hashes: Mapping[str, str]) -> bool:
     return hashes.get(results.method, results.file_hash) != results.file_hash
 
 
-def _overview(found: Sequence[Results], hashes: Mapping[str, str]) -> str:
+def _overview(found: Mapping[str, Results], hashes: Mapping[str, str]) -> str:
     if not found:
         return "No results are recorded yet.\n"
     lines = [
         "| method | supported | not supported | inconclusive | measured |",
         "|---|--:|--:|--:|---|",
     ]
-    for results, title in zip(found, _titles(found), strict=True):
+    for title, results in found.items():
         counts = [
             sum(claim["verdict"] == verdict for claim in results.claims)
             for verdict in ("supported", "not supported", "inconclusive")
