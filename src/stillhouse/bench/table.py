@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stillhouse.bench import results as recorded
-from stillhouse.bench.results import Results
+from stillhouse.bench.results import Results, number_of
 from stillhouse.bench.show import difference, sense
 from stillhouse.report.figures import number, with_interval
 
@@ -16,10 +17,14 @@ HEAD = """# Measured results
 Made by `python -m stillhouse.bench.table` from `results/*.json`; do not edit. Each verdict
 follows from paired differences over seeds and their 95% t interval: *supported* when the
 interval lies wholly beyond the claim's margin in its favour, *not supported* when it lies
-wholly at or beyond it against, else *inconclusive*. Sides share data, splits, models, initial
-weights, batches and steps. *Stale* means that the method's file has changed since. A further
-case of a method is named by its folder: `ffg2m: citeseer` is `results/citeseer/ffg2m.json`.
+wholly at or beyond it against, else *inconclusive*; *not measured* when one of its sides was left
+out. Sides share data, splits, models, initial weights, batches and steps. *Stale* means that the
+method's file has changed since. A further case of a method is named by its folder:
+`ffg2m: citeseer` is `results/citeseer/ffg2m.json`.
 """
+
+NOT_MEASURED = "not measured"
+VERDICTS = ("supported", "not supported", "inconclusive", NOT_MEASURED)
 
 
 def read_all(folder: Path | str) -> dict[str, Results]:
@@ -82,18 +87,22 @@ def _overview(found: Mapping[str, Results], hashes: Mapping[str, str]) -> str:
     if not found:
         return "No results are recorded yet.\n"
     lines = [
-        "| method | supported | not supported | inconclusive | measured |",
-        "|---|--:|--:|--:|---|",
+        f"| method | {' | '.join(VERDICTS)} | measured |",
+        f"|---|{'--:|' * len(VERDICTS)}---|",
     ]
     for title, results in found.items():
-        counts = [
-            sum(claim["verdict"] == verdict for claim in results.claims)
-            for verdict in ("supported", "not supported", "inconclusive")
-        ]
+        told = [_verdict(results, claim) for claim in results.claims]
+        counts = [told.count(verdict) for verdict in VERDICTS]
         mark = " (stale)" if _is_stale(results, hashes) else ""
         cells = [_cell(title), *map(str, counts), _cell(results.date[:10] + mark)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _verdict(results: Results, claim: Mapping[str, Any]) -> str:
+    """Of a claim; a side that was not run says nothing, not even that it is inconclusive."""
+    sides = [side for side in (claim["ours"], claim["than"]) if number_of(side) is None]
+    return str(claim["verdict"]) if all(s in results.sides for s in sides) else NOT_MEASURED
 
 
 def _section(results: Results, title: str, stale: bool) -> str:
@@ -107,7 +116,8 @@ def _section(results: Results, title: str, stale: bool) -> str:
         lines += ["| claim | verdict | difference [95%] | compared |", "|---|---|---|---|"]
     for claim in results.claims:
         reason = f" ({claim['reason']})" if claim.get("reason") else ""
-        told = (claim["text"], f"**{claim['verdict']}**{reason}", difference(claim), sense(claim))
+        verdict = f"**{_verdict(results, claim)}**{reason}"
+        told = (claim["text"], verdict, difference(claim), sense(claim))
         lines.append(f"| {' | '.join(_cell(str(c)) for c in told)} |")
     metrics = results.metrics()[:5]
     lines += ["", f"| side | {' | '.join(map(_cell, metrics))} | seconds |"]
