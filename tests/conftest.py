@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
+USER_CACHE = pathlib.Path(
+    os.environ.get("STILLHOUSE_CACHE", "").strip() or "~/.cache/stillhouse"
+).expanduser()
 MATCHED: dict[str, set[str]] = collections.defaultdict(set)
 SKIPPED_FOR_LACK: list[str] = []
 
@@ -87,6 +90,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Tests never read or fill the user's cache, unless told to by STILLHOUSE_TEST_CACHE."""
     cache = os.environ.get("STILLHOUSE_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     monkeypatch.setenv("STILLHOUSE_CACHE", cache)
+
+
+@pytest.fixture
+def real_models(_own_cache: None) -> pathlib.Path:
+    """The real models of `make models`, linked into this test's own cache; nothing else is."""
+    folder = pathlib.Path(os.environ["STILLHOUSE_CACHE"]) / "models"
+    if not folder.exists():
+        if not (USER_CACHE / "models").is_dir():
+            pytest.skip("no real models are on this machine (make models)")
+        folder.symlink_to(USER_CACHE / "models")
+    return folder
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -59,9 +59,9 @@ def test_counts_sizes_times_and_shares():
 
 def test_page_has_every_verdict_and_no_markup_of_others(tmp_path):
     found = measured(note="a <note>")
-    page = table.markdown([found], {"ours": "h1"})
+    page = table.markdown({"ours": found}, {"ours": "h1"})
     assert "**supported**" in page
-    assert "| ours | 1 | 0 | 0 | 2030-01-02 |" in page
+    assert "| ours | 1 | 0 | 0 | 0 | 2030-01-02 |" in page
     assert "(stale)" not in page
     for line in page.splitlines():
         assert "<script>" not in line.replace("\\<", "")
@@ -71,19 +71,35 @@ def test_page_has_every_verdict_and_no_markup_of_others(tmp_path):
 
 
 def test_stale_results_are_marked(tmp_path):
-    page = table.markdown([measured()], {"ours": "other"})
+    page = table.markdown({"ours": measured()}, {"ours": "other"})
     assert "## ours (stale)" in page
     assert "2030-01-02 (stale)" in page
 
 
-def test_a_further_case_of_a_method_is_told_by_its_data(tmp_path):
-    first, further = measured(), measured()
-    further.data = [{"name": "subj", "edition": "subj (real)", "hash": "abc"}]
-    recorded.write(first, tmp_path / "ours.json")
-    recorded.write(further, tmp_path / "text" / "ours.json")
+def test_a_further_case_of_a_method_is_told_by_its_folder(tmp_path):
+    recorded.write(measured(), tmp_path / "ours.json")
+    recorded.write(measured(), tmp_path / "wide" / "ours.json")  # the same data, another model
+    recorded.write(measured(), tmp_path / "subj" / "ours.json")
+    recorded.write(measured("ours-too"), tmp_path / "ours-too.json")
     page = table.markdown(table.read_all(tmp_path), {"ours": "h1"})
-    assert page.index("## ours\n") < page.index("## ours on subj\n")
-    assert "| ours on subj | 1 | 0 | 0 |" in page
+    titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["ours", "ours: subj", "ours: wide", "ours-too"]
+    assert "| ours: subj | 1 | 0 | 0 | 0 |" in page
+    assert "| ours: wide | 1 | 0 | 0 | 0 |" in page
+
+
+def test_a_claim_whose_side_was_left_out_is_not_measured():
+    results = measured()
+    claims = [
+        Claim("beats theirs", "accuracy", "ours", "<b>|theirs"),
+        Claim("beats a variant", "accuracy", "ours", "ours/variant"),
+        Claim("beats a number", "accuracy", "ours", "0.5"),
+    ]
+    results.claims = judged(results, claims)
+    page = table.markdown({"ours": results}, {"ours": "h1"})
+    assert "| ours | 2 | 0 | 0 | 1 | 2030-01-02 |" in page
+    row = next(line for line in page.splitlines() if "beats a variant" in line)
+    assert "**not measured** (the side 'ours/variant' was not run)" in row
 
 
 def test_written_from_a_folder(tmp_path):

@@ -805,7 +805,7 @@ def test_a_student_is_exported_to_onnx(tiny_bert, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_encoder_as_module_store_and_endpoint(data_root, tmp_path):
+def test_the_real_encoder_as_module_store_and_endpoint(data_root, real_models, tmp_path):
     """all-MiniLM-L6-v2 on Cranfield's texts: parameters within 1e-4 after 100 steps."""
     from stillhouse.models.loading import find_folder
 

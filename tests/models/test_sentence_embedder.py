@@ -87,7 +87,7 @@ def test_bad_settings_are_told(encoder):
     assert len(small.encoder.encoder.layer) == 3
 
 
-def test_the_real_encoder_gives_what_its_authors_library_gives():
+def test_the_real_encoder_gives_what_its_authors_library_gives(real_models):
     if find_folder("sentence-transformers/all-MiniLM-L6-v2") is None:
         pytest.skip("the real encoder is not on this machine (make models)")
     theirs = pytest.importorskip("sentence_transformers").SentenceTransformer(

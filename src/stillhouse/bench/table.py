@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stillhouse.bench import results as recorded
-from stillhouse.bench.results import Results
+from stillhouse.bench.results import Results, number_of
 from stillhouse.bench.show import difference, sense
 from stillhouse.report.figures import number, with_interval
 
@@ -16,26 +17,40 @@ HEAD = """# Measured results
 Made by `python -m stillhouse.bench.table` from `results/*.json`; do not edit. Each verdict
 follows from paired differences over seeds and their 95% t interval: *supported* when the
 interval lies wholly beyond the claim's margin in its favour, *not supported* when it lies
-wholly at or beyond it against, else *inconclusive*. Sides share data, splits, models, initial
-weights, batches and steps. *Stale* means that the method's file has changed since.
+wholly at or beyond it against, else *inconclusive*; *not measured* when one of its sides was left
+out. Sides share data, splits, models, initial weights, batches and steps. *Stale* means that the
+method's file has changed since. A further case of a method is named by its folder:
+`ffg2m: citeseer` is `results/citeseer/ffg2m.json`.
 """
 
+NOT_MEASURED = "not measured"
+VERDICTS = ("supported", "not supported", "inconclusive", NOT_MEASURED)
 
-def read_all(folder: Path | str) -> list[Results]:
-    """All results in a folder, by method; those of folders inside it are further cases.
+
+def read_all(folder: Path | str) -> dict[str, Results]:
+    """All results in a folder by their titles, those of one method behind each other.
+
+    `<id>.json` has the method's name as its title. A folder inside holds a further case and names
+    it: `citeseer/ffg2m.json` is "ffg2m: citeseer", which tells other data, models or budgets apart
+    alike.
 
     Raises:
         CheckpointError: one of them is damaged.
     """
-    paths = sorted(Path(folder).rglob("*.json"), key=lambda path: (path.name, len(path.parts)))
-    return [recorded.read(path) for path in paths]
+    home = Path(folder)
+    found = {}
+    for path in sorted(home.rglob("*.json"), key=lambda path: (path.stem, path.parent)):
+        case = "/".join(path.relative_to(home).parts[:-1])
+        results = recorded.read(path)
+        found[f"{results.method}: {case}" if case else results.method] = results
+    return found
 
 
-def markdown(found: Sequence[Results], hashes: Mapping[str, str] | None = None) -> str:
+def markdown(found: Mapping[str, Results], hashes: Mapping[str, str] | None = None) -> str:
     """The page.
 
     Args:
-        found: results, those of one method behind each other.
+        found: results by title, see `read_all`.
         hashes: file hash of each method as it is now; a method that is not in it is not
             called stale. None: as the catalogue has them.
     """
@@ -46,7 +61,7 @@ def markdown(found: Sequence[Results], hashes: Mapping[str, str] | None = None) 
             name: recorded.file_hash(entry.file) for name, entry in catalogue.entries().items()
         }
     parts = [HEAD, _overview(found, hashes)]
-    for results, title in zip(found, _titles(found), strict=True):
+    for title, results in found.items():
         parts.append(_section(results, title, _is_stale(results, hashes)))
     return "\n".join(part for part in parts if part)
 
@@ -64,36 +79,30 @@ def write(folder: Path | str = "results", out: Path | str = "docs/results.md") -
     return place
 
 
-def _titles(found: Sequence[Results]) -> list[str]:
-    """The method of each; a further case of it is told by its data."""
-    titles: list[str] = []
-    for results in found:
-        data = " and ".join(dict.fromkeys(str(d.get("name") or "") for d in results.data))
-        again = results.method in titles
-        titles.append(f"{results.method} on {data}" if again else results.method)
-    return titles
-
-
 def _is_stale(results: Results, hashes: Mapping[str, str]) -> bool:
     return hashes.get(results.method, results.file_hash) != results.file_hash
 
 
-def _overview(found: Sequence[Results], hashes: Mapping[str, str]) -> str:
+def _overview(found: Mapping[str, Results], hashes: Mapping[str, str]) -> str:
     if not found:
         return "No results are recorded yet.\n"
     lines = [
-        "| method | supported | not supported | inconclusive | measured |",
-        "|---|--:|--:|--:|---|",
+        f"| method | {' | '.join(VERDICTS)} | measured |",
+        f"|---|{'--:|' * len(VERDICTS)}---|",
     ]
-    for results, title in zip(found, _titles(found), strict=True):
-        counts = [
-            sum(claim["verdict"] == verdict for claim in results.claims)
-            for verdict in ("supported", "not supported", "inconclusive")
-        ]
+    for title, results in found.items():
+        told = [_verdict(results, claim) for claim in results.claims]
+        counts = [told.count(verdict) for verdict in VERDICTS]
         mark = " (stale)" if _is_stale(results, hashes) else ""
         cells = [_cell(title), *map(str, counts), _cell(results.date[:10] + mark)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _verdict(results: Results, claim: Mapping[str, Any]) -> str:
+    """Of a claim; a side that was not run says nothing, not even that it is inconclusive."""
+    sides = [side for side in (claim["ours"], claim["than"]) if number_of(side) is None]
+    return str(claim["verdict"]) if all(s in results.sides for s in sides) else NOT_MEASURED
 
 
 def _section(results: Results, title: str, stale: bool) -> str:
@@ -107,7 +116,8 @@ def _section(results: Results, title: str, stale: bool) -> str:
         lines += ["| claim | verdict | difference [95%] | compared |", "|---|---|---|---|"]
     for claim in results.claims:
         reason = f" ({claim['reason']})" if claim.get("reason") else ""
-        told = (claim["text"], f"**{claim['verdict']}**{reason}", difference(claim), sense(claim))
+        verdict = f"**{_verdict(results, claim)}**{reason}"
+        told = (claim["text"], verdict, difference(claim), sense(claim))
         lines.append(f"| {' | '.join(_cell(str(c)) for c in told)} |")
     metrics = results.metrics()[:5]
     lines += ["", f"| side | {' | '.join(map(_cell, metrics))} | seconds |"]
