@@ -83,6 +83,26 @@ def moved(tokens: Tensor, mask: Tensor, row: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_have_ended_are_left_out_of_what_is_computed(kind: str) -> None:
+    net = LanguageNet(model(kind))
+    rng = torch.Generator().manual_seed(5)
+    made = [torch.randint(3, VOCABULARY, (1 + n % 5,), generator=rng) for n in range(16)]
+    tokens, mask = padded(made, left=True)
+    chance = torch.rand(16, 20, generator=rng)
+    widths: list[int] = []
+    net.module.register_forward_hook(  # what is asked, step by step
+        lambda _, __, kwargs, ___: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    sample = TextSampler(20, end=range(8))
+    ids, said = sample(net, tokens, mask, chance)
+    assert min(widths) <= 8
+    for row in range(16):
+        one, there = sample(net, *moved(tokens, mask, row), chance[row : row + 1])
+        assert one[0][there[0]].tolist() == ids[row][said[row]].tolist()
+        assert ids[row][~said[row]].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_logits_are_those_of_one_pass(kind: str) -> None:
     net = LanguageNet(model(kind)).eval()
     tokens, mask = rows()

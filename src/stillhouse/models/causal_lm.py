@@ -120,6 +120,12 @@ class CausalLM(nn.Module):
         """The head."""
         return self.lm_head
 
+    def as_transformers(self) -> nn.Module:
+        """The same model as one of transformers, with the same tensors."""
+        made: nn.Module = _transformers().GPT2LMHeadModel(self.config)
+        made.load_state_dict(self.state_dict(), assign=True)
+        return made.train(self.training)
+
 
 def causal_lm(
     vocabulary: int,

@@ -119,21 +119,25 @@ class TextSampler:
     ) -> tuple[Tensor, Tensor]:
         ends = torch.tensor(self.end, device=prompts.device)
         call = _Cached(net)
-        tokens, seen = prompts, mask
-        going = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-        found, valid = [], []
+        tokens, seen, active = prompts, mask, torch.arange(len(prompts), device=prompts.device)
+        going = torch.ones_like(active, dtype=torch.bool)
+        found = prompts.new_full((len(prompts), steps), self.padding)
+        valid = torch.zeros_like(found, dtype=torch.bool)
         for step in range(steps):
             logits = call(tokens, seen)
-            chosen = self._chosen(logits, None if chance is None else chance[:, step])
+            chosen = self._chosen(logits, None if chance is None else chance[active, step])
             chosen = chosen.masked_fill(~going, self.padding)
-            found.append(chosen)
-            valid.append(going)
+            found[active, step], valid[active, step] = chosen, going
             seen = torch.cat([seen, going[:, None]], 1)
             going = going & ~torch.isin(chosen, ends)
-            if not bool(going.any()):
-                break
+            left = int(going.sum())
+            if not left:
+                return found[:, : step + 1], valid[:, : step + 1]
             tokens = chosen[:, None]
-        return torch.stack(found, 1), torch.stack(valid, 1)
+            if 2 * left <= len(active) and call.keep(going):
+                active, seen, tokens = active[going], seen[going], tokens[going]
+                going = going[going]
+        return found, valid
 
     def _chosen(self, logits: Tensor, chance: Tensor | None) -> Tensor:
         """(B,) tokens from (B, V) logits and one uniform number each."""
@@ -199,6 +203,14 @@ class _Cached:
         self.past = out[self.name]
         logits: Tensor = out["logits"][:, -1]
         return logits if self.size is None else logits[:, : self.size]
+
+    def keep(self, rows: Tensor) -> bool:
+        """Go on with these rows alone, (B,) bool; False where the cache cannot be cut."""
+        cut = getattr(self.past, "batch_select_indices", None)
+        if cut is None:
+            return False
+        cut(rows.nonzero()[:, 0])
+        return True
 
 
 def takes(module: nn.Module, name: str) -> bool:

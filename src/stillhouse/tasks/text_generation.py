@@ -294,7 +294,7 @@ class TextWriter(Predictor):
 
     def __init__(self, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(module, settings)
-        self.tokens = TextTokens.restore(self.settings["tokens"])
+        self.reader = self.tokens = TextTokens.restore(self.settings["tokens"])
 
     @classmethod
     def restore(cls, module: nn.Module, settings: Mapping[str, Any]) -> Predictor:
