@@ -116,6 +116,23 @@ def test_a_tokenizer_without_padding_uses_its_end() -> None:
         TextTokens(subwords())
 
 
+def test_the_form_of_a_chat_is_the_tokenizers(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        TextTokens(subwords(eos_token="<|end|>"), template="chat")
+    made = subwords(eos_token="<|end|>")
+    made.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[bot]{% endif %}"
+    )
+    tokens = TextTokens(made, template="chat")
+    assert tokens.text(tokens.prompt("Hello")) == "[user]Hello[bot]"
+    again = TextTokens.restore(json.loads(json.dumps(tokens.settings())))
+    assert again.prompt("Hello") == tokens.prompt("Hello")
+    for name, content in tokens.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path)).chat_template == made.chat_template
+
+
 def test_other_vocabularies_are_refused(tokens: TextTokens) -> None:
     ours = tokens.tokenizer
     with pytest.raises(ModelError, match="teacher gpt has another tokenizer"):

@@ -20,8 +20,9 @@ class PromptOptions(DataOptions):
     )
     template: str | None = Field(
         None,
-        description="of the prompt, with {prompt} where its text goes; none: the text and a break "
-        "token for words, '{prompt}' and a new line for other tokenizers",
+        description="of the prompt, with {prompt} where its text goes, or chat for the tokenizer's "
+        "own form of what a user says; none: the text and a break token for words, '{prompt}' and "
+        "a new line for other tokenizers",
     )
     length: int = Field(
         512, ge=8, le=8192, description="most tokens of a row; a longer response loses its end"

@@ -176,6 +176,7 @@ def prompt_splits(
         "generation": {
             "new_tokens": options.new_tokens or _longest(sources["train"]),
             "draws": options.draws,
+            "prompt_length": options.prompt_length,
         },
         "reader": tokens,
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 from stillhouse.errors import DataError, MissingExtra, ModelError
 
 PADDING, END, BREAK, UNKNOWN = "<pad>", "<end>", "<break>", "<unk>"
+CHAT = "chat"
 # Where a word tokenizer's text is put together again: no blank before, none behind.
 _NO_BLANK_BEFORE = re.compile(r"\s+([.,;:!?%)\]}]+|['’](?:s|t|re|ve|ll|d|m)\b|n['’]t\b)")
 _NO_BLANK_BEHIND = re.compile(r"([(\[{£$€])\s+")
@@ -29,8 +30,9 @@ class TextTokens:
 
     Args:
         tokenizer: of transformers.
-        template: of the prompt, with `{prompt}` where its text goes; "" for the text followed by
-            the tokenizer's own break token (that of `word_tokenizer`) where it has one.
+        template: of the prompt, with `{prompt}` where its text goes; "chat" for the tokenizer's
+            own form of what a user says; "" for the text followed by the tokenizer's break token
+            (that of `word_tokenizer`) where it has one.
         name: of the tokenizer, for messages and records.
 
     Attributes:
@@ -39,7 +41,7 @@ class TextTokens:
         padding: id that fills rows; the end's where the tokenizer has none of its own.
 
     Raises:
-        ModelError: the tokenizer has no token that could end a response.
+        ModelError: the tokenizer has no token that could end a response, or no form of a chat.
     """
 
     def __init__(self, tokenizer: Any, *, template: str = "", name: str = "words") -> None:
@@ -47,6 +49,8 @@ class TextTokens:
         self.size = len(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer {name} has no end token (eos_token)")
+        if template == CHAT and not getattr(tokenizer, "chat_template", None):
+            raise ModelError(f"the tokenizer {name} has no chat template: give template a text")
         self.end = int(tokenizer.eos_token_id)
         found = tokenizer.pad_token_id
         self.padding = self.end if found is None else int(found)
@@ -70,14 +74,25 @@ class TextTokens:
 
     def prompts(self, texts: Sequence[str], most: int = 0) -> list[list[int]]:
         """Ids of each prompt; see `prompt`."""
-        if self.template:
-            texts = [self.template.replace("{prompt}", text) for text in texts]
         found = []
-        for ids in self.tokenizer(list(texts), add_special_tokens=True).input_ids:
+        for ids in self._prompt_ids(texts):
             row = list(ids[:-1] if ids and ids[-1] == self.end else ids)
             if self._break is not None:
                 row.append(self._break)
             found.append(row[-most:] if most else row)
+        return found
+
+    def _prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.template == CHAT:
+            turns = [[{"role": "user", "content": text}] for text in texts]
+            texts = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        elif self.template:
+            texts = [self.template.replace("{prompt}", text) for text in texts]
+        # The form of a chat brings its own special tokens.
+        own = self.template != CHAT
+        found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=own).input_ids
         return found
 
     def response(self, text: str) -> list[int]:
@@ -112,6 +127,7 @@ class TextTokens:
         return {
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
             "special": self._special(),
+            "chat": getattr(self.tokenizer, "chat_template", None) or "",
             "template": self.template,
             "name": self.name,
         }
@@ -125,11 +141,14 @@ class TextTokens:
     def restore(cls, settings: Mapping[str, Any]) -> TextTokens:
         """The inverse of `settings`."""
         made = _fast(settings["tokenizer"], settings["special"])
+        made.chat_template = settings.get("chat") or None
         return cls(made, template=settings["template"], name=settings["name"])
 
     def files(self) -> dict[str, bytes]:
         """The files that `AutoTokenizer.from_pretrained` reads, by name."""
         told = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special()}
+        if getattr(self.tokenizer, "chat_template", None):
+            told["chat_template"] = str(self.tokenizer.chat_template)
         return {
             "tokenizer.json": self.tokenizer.backend_tokenizer.to_str().encode(),
             "tokenizer_config.json": json.dumps(told, indent=1).encode(),

@@ -260,8 +260,8 @@ class TextGeneration(Task):
         plain = merged(net.module)
         if plain is not net.module:
             net = LanguageNet(plain, shared=self.vocabulary)
-        settings = {"tokens": self.tokens.settings(), "new_tokens": self.new_tokens}
-        return TextWriter(net, settings)
+        told = {k: self.about["generation"][k] for k in ("new_tokens", "prompt_length")}
+        return TextWriter(net, {"tokens": self.tokens.settings(), **told})
 
 
 def asked_once(source: Any) -> Any:
@@ -337,7 +337,8 @@ class TextWriter(Predictor):
         found: list[str] = []
         for start in range(0, len(inputs), size):
             texts = [str(text) for text in inputs[start : start + size]]
-            rows = [torch.tensor(self.tokens.prompt(text)) for text in texts]
+            asked = self.tokens.prompts(texts, self.settings["prompt_length"])
+            rows = [torch.tensor(row) for row in asked]
             ids, mask = padded(rows, padding=self.tokens.padding, left=True)
             places = torch.arange(start, start + len(texts))
             chance = uniform_of(seed_of(seed, "write"), places, 0, sampler.max_new)
