@@ -450,13 +450,14 @@ def _shape_facts(source: Source) -> dict[str, Any]:
 
 def to_hugging_face(source: Source, folder: Path) -> dict[str, Any]:
     """What `from_pretrained` opens: configuration, weights, and the tokenizer where known."""
-    if not is_hugging_face(source.module):
+    # Some of our own models are those of transformers by another name.
+    module: Any = getattr(source.module, "as_transformers", lambda: source.module)()
+    if not is_hugging_face(module):
         raise ModelError(
             f"--to hf needs a Hugging Face model, and this is {source.name}; "
             "--to onnx and --to torch take any model"
         )
     _needed("transformers", "language")
-    module: Any = source.module
     classes = _classes(source)
     if classes and getattr(module.config, "num_labels", None) == len(classes):
         module.config.id2label = dict(enumerate(classes))
