@@ -86,6 +86,20 @@ def test_a_further_case_of_a_method_is_told_by_its_data(tmp_path):
     assert "| ours on subj | 1 | 0 | 0 |" in page
 
 
+def test_further_cases_on_the_same_data_are_told_by_their_recipes(tmp_path):
+    for name in ("first", "small", "large"):
+        case = measured()
+        case.data = [{"name": "subj", "edition": "subj (real)", "hash": "abc"}]
+        own = "" if name == "first" else f" --recipe recipes/ours-{name}.yaml --seeds 5"
+        case.command = f"stillhouse bench ours{own}"
+        place = tmp_path if name == "first" else tmp_path / name
+        recorded.write(case, place / "ours.json")
+    titles = [
+        line for line in table.markdown(table.read_all(tmp_path)).splitlines() if "## " in line
+    ]
+    assert titles == ["## ours", "## ours: large", "## ours: small"]
+
+
 def test_written_from_a_folder(tmp_path):
     for name in ("zeta", "alpha"):
         recorded.write(measured(name), tmp_path / "results" / f"{name}.json")

@@ -27,7 +27,9 @@ def read_all(folder: Path | str) -> list[Results]:
     Raises:
         CheckpointError: one of them is damaged.
     """
-    paths = sorted(Path(folder).rglob("*.json"), key=lambda path: (path.name, len(path.parts)))
+    paths = sorted(
+        Path(folder).rglob("*.json"), key=lambda path: (path.name, len(path.parts), str(path))
+    )
     return [recorded.read(path) for path in paths]
 
 
@@ -65,13 +67,25 @@ def write(folder: Path | str = "results", out: Path | str = "docs/results.md") -
 
 
 def _titles(found: Sequence[Results]) -> list[str]:
-    """The method of each; a further case of it is told by its data."""
+    """The method of each; a further case of it is told by its data, or else by its recipe."""
     titles: list[str] = []
+    seen: dict[str, set[str]] = {}
     for results in found:
+        method = results.method
         data = " and ".join(dict.fromkeys(str(d.get("name") or "") for d in results.data))
-        again = results.method in titles
-        titles.append(f"{results.method} on {data}" if again else results.method)
+        before = seen.setdefault(method, set())
+        title, recipe = method, _recipe_of(results)
+        if method in titles:
+            title = f"{method}: {recipe}" if data in before and recipe else f"{method} on {data}"
+        before.add(data)
+        titles.append(title)
     return titles
+
+
+def _recipe_of(results: Results) -> str:
+    """The name of the recipe in a command, without the method's; "" for the method's own."""
+    named = re.search(r"--recipe (\S+)", results.command)
+    return Path(named[1]).stem.removeprefix(f"{results.method}-") if named else ""
 
 
 def _is_stale(results: Results, hashes: Mapping[str, str]) -> bool:
