@@ -15,7 +15,9 @@ from stillhouse.errors import MissingExtra, ModelError, RecipeError
 from stillhouse.exporting import compared, export_artifact, free_axes
 from stillhouse.models.loading import load_model
 from stillhouse.net import Net
+from stillhouse.parts.bev_grid import Grid
 from stillhouse.tasks.classification import Classifier
+from stillhouse.tasks.driving import BevDetector, GridNet
 
 CLASSES = ["cat", "dog", "eel"]
 MEAN, STD = [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]
@@ -92,6 +94,67 @@ def test_onnx_of_a_model_with_a_fixed_size_has_a_free_batch_only(tmp_path: Path)
     assert told["inputs"] == {"x": ["batch", "3", "16", "16"]}
     assert told["files"] == ["mine.onnx"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.onnx"]
+
+
+@pytest.mark.parametrize(
+    "sensors",
+    [["lidar"], ["camera"], pytest.param(["lidar", "camera"], marks=pytest.mark.slow)],
+    ids="+".join,
+)
+def test_a_detector_over_the_ground_takes_any_frames_in_onnx(
+    tmp_path: Path, sensors: list[str]
+) -> None:
+    ground = {"range": [-8.0, -8.0, -3.0, 8.0, 8.0, 3.0], "cell": [0.5, 0.5]}
+    facts = {"categories": CLASSES, "grid": ground}
+    about = {"facts": facts, **facts}
+    options = {
+        "sensors": sensors, "width": 6, "widths": [6, 6, 6], "head_width": 6,
+        "image_width": 8, "depths": [1.0, 9.0, 5],
+    }  # fmt: skip
+    torch.manual_seed(3)
+    module = load_model("stillhouse:mini_bev", options=options, about=about)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            part.running_mean = -0.2 * torch.rand(part.num_features)  # no unit is dead
+            part.running_var = torch.rand(part.num_features) * 0.2 + 0.1
+    net = GridNet(module, grid=Grid.of(ground)).eval()
+    Artifact(
+        "model",
+        predictor=BevDetector(net, facts),
+        model={"id": "stillhouse:mini_bev", "options": options},
+        meta={"about": about},
+    ).save(tmp_path)
+    told = export_artifact(tmp_path, "onnx")
+    assert told["outputs"] == ["heat", "regression"]
+    view = {}
+    if "lidar" in sensors:
+        assert told["inputs"]["points"] == ["batch", "points", "4"]
+        view["points"] = torch.rand(1, 90, 4) * torch.tensor([18.0, 18, 6, 1]) - 9.0
+        view["points"][..., 2] += 6.0
+        view["point_count"] = torch.tensor([77])
+    if "camera" in sensors:
+        assert told["inputs"]["images"] == ["batch", "views", "3", "height", "width"]
+        view["images"] = torch.rand(1, 3, 3, 30, 41)  # other sides, and no whole cells
+        lens = torch.tensor([[33.0, 0.5, 20.1], [0.0, 34.0, 15.2], [0.0, 0.0, 1.0]])
+        view["intrinsics"] = lens.repeat(1, 3, 1, 1)
+        view["cameras"] = module.example_view(torch.Generator().manual_seed(1))["cameras"][:1]
+        view["cameras"] = view["cameras"][:, [0, 1, 1]].clone()
+        view["cameras"][..., :3, 3] += torch.rand(1, 3, 3)
+    with torch.no_grad():
+        expected = net(view)
+        for name in {"points", "images"} & set(view):  # what is seen matters
+            other = net({**view, name: view[name] * 0.5})["heat"]
+            assert (expected["heat"] - other).abs().max() > 0.01 * expected["heat"].std()
+    got = run_onnx(tmp_path / "export/onnx/model.onnx", view)
+    torch.testing.assert_close(
+        got, expected["heat"], atol=1e-5 * float(expected["heat"].abs().max()), rtol=1e-5
+    )
+    export_artifact(tmp_path, "torch")
+    note = (tmp_path / "export/torch/README.md").read_text()
+    scope: dict[str, Any] = {"path": str(tmp_path / "export/torch/model.safetensors")}
+    exec(note.split("```python")[1].split("```")[0].replace('"model.safetensors"', "path"), scope)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"](**view)["head"][0]["hm"], expected["heat"])
 
 
 @pytest.mark.slow

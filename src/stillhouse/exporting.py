@@ -122,7 +122,9 @@ def open_source(folder: Path, shape: Sequence[int] | None = None) -> Source:
 
 
 def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | None = None) -> Any:
-    """Two rows of what a model reads: from its reader, its settings, or its data.
+    """Two rows of what a model reads: from itself, its reader, its settings, or its data.
+
+    A model of several inputs says them by a method `example_view`, which takes a generator.
 
     Raises:
         ModelError: none of them says it.
@@ -136,6 +138,9 @@ def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | N
         return torch.rand(2, *shape, generator=draw)
     if settings.get("reads") == "text":
         return list(_WORDS)
+    own: Any = getattr(module, "example_view", None)
+    if own is not None:
+        return own(draw)
     reader: Any = getattr(module, "reader", None)
     if reader is not None:
         return reader.join([reader.row(reader.read(text).codes) for text in _WORDS])
@@ -248,9 +253,11 @@ def to_onnx(source: Source, folder: Path) -> dict[str, Any]:
             "one graph with fixed outputs cannot hold; export it as torch"
         )
     flat = _Flat(source.net, list(tensors) if named else None, list(expected)).eval()
-    free = free_axes(source.net, source.view)
+    axes = _axes_of(source.module, tensors)
+    free = free_axes(source.net, source.view, axes)
     path = folder / "model.onnx"
-    _write_onnx(flat, tensors, path, list(expected), free, source.name)
+    named_axes = [{a: n for a, n in own.items() if n in free} for own in axes.values()]
+    _write_onnx(flat, tensors, path, list(expected), named_axes, source.name)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(view: Any) -> dict[str, Tensor]:
@@ -260,11 +267,11 @@ def to_onnx(source: Source, folder: Path) -> dict[str, Any]:
 
     worst = compared(expected, run(source.view), "the ONNX model")
     for name in free:
-        larger = _doubled(source.view, name)
+        larger = _doubled(source.view, name, axes)
         told = f"the ONNX model, at twice the {name},"
         worst = max(worst, compared(answers(source.net, larger), run(larger), told))
-    axes = {i.name: [str(size) for size in i.shape] for i in session.get_inputs()}
-    return {"inputs": axes, "outputs": list(expected), "largest_difference": worst}
+    inputs = {i.name: [str(size) for size in i.shape] for i in session.get_inputs()}
+    return {"inputs": inputs, "outputs": list(expected), "largest_difference": worst}
 
 
 class _OnPieces(nn.Module):
@@ -295,11 +302,10 @@ def _write_onnx(
     tensors: Mapping[str, Tensor],
     path: Path,
     outputs: list[str],
-    free: Sequence[str],
+    axes: Sequence[Mapping[int, str]],
     name: str,
 ) -> None:
     auto = torch.export.Dim.AUTO
-    axes = [[a for a, called in _axes(t).items() if called in free] for t in tensors.values()]
     try:
         with _quiet():
             torch.onnx.export(
@@ -316,7 +322,14 @@ def _write_onnx(
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name} cannot be written as ONNX: {reason}") from error
-    _name_axes(path, list(tensors.values()))
+    _name_axes(path, axes)
+
+
+def _axes_of(module: nn.Module | None, view: Any) -> dict[str, dict[int, str]]:
+    """Of each input the axes that may be free and their names: a model may say its own."""
+    said: Any = getattr(module, "free_axes", {})
+    named = view if isinstance(view, Mapping) else {"x": view}
+    return {name: dict(said.get(name) or _axes(tensor)) for name, tensor in named.items()}
 
 
 def _axes(tensor: Tensor) -> dict[int, str]:
@@ -328,40 +341,48 @@ def _axes(tensor: Tensor) -> dict[int, str]:
     return {0: "batch"}
 
 
-def free_axes(net: nn.Module, view: Any) -> list[str]:
-    """Names of the axes that a network takes at any size, found by doubling them."""
-    tensors = view.values() if isinstance(view, Mapping) else [view]
-    names = dict.fromkeys(name for tensor in tensors for name in _axes(tensor).values())
+def free_axes(
+    net: nn.Module, view: Any, axes: Mapping[str, Mapping[int, str]] | None = None
+) -> list[str]:
+    """Names of the axes that a network takes at any size, found by doubling them.
+
+    Args:
+        net: called on the view.
+        view: a tensor, or tensors by name.
+        axes: of each input (a lone one is "x"), which axes may be free; those of images and
+            words when not given.
+    """
+    axes = _axes_of(None, view) if axes is None else axes
     found = []
-    for name in names:
+    for name in dict.fromkeys(name for own in axes.values() for name in own.values()):
         try:
-            answers(net, _doubled(view, name))
+            answers(net, _doubled(view, name, axes))
         except Exception:  # whatever a network raises, it does not take this size
             continue
         found.append(name)
     return found
 
 
-def _doubled(view: Any, name: str) -> Any:
+def _doubled(view: Any, name: str, axes: Mapping[str, Mapping[int, str]]) -> Any:
     """A view with one axis twice as long, in every input that has it."""
 
-    def longer(tensor: Tensor) -> Tensor:
-        axis = next((a for a, called in _axes(tensor).items() if called == name), None)
+    def longer(key: str, tensor: Tensor) -> Tensor:
+        axis = next((a for a, called in axes[key].items() if called == name), None)
         return tensor if axis is None else torch.cat([tensor, tensor], axis)
 
     if isinstance(view, Mapping):
-        return {key: longer(value) for key, value in view.items()}
-    return longer(view)
+        return {key: longer(key, value) for key, value in view.items()}
+    return longer("x", view)
 
 
-def _name_axes(path: Path, tensors: Sequence[Tensor]) -> None:
+def _name_axes(path: Path, axes: Sequence[Mapping[int, str]]) -> None:
     """Let the free axes of a graph bear names in place of the tracer's numbers."""
     import onnx
 
     model = onnx.load(str(path))
     names: dict[str, str] = {}
-    for value, tensor in zip(model.graph.input, tensors):
-        for axis, name in _axes(tensor).items():
+    for value, own in zip(model.graph.input, axes):
+        for axis, name in own.items():
             symbol = value.type.tensor_type.shape.dim[axis].dim_param
             if symbol:
                 names.setdefault(symbol, name)
@@ -444,7 +465,7 @@ def _torch_note(source: Source, about: Mapping[str, Any]) -> str:
 def _shape_facts(source: Source) -> dict[str, Any]:
     """What of the data decides a model's shape."""
     about = source.artifact.meta.get("about", {})
-    shaping = ("classes", "categories", "input", "scale", "channels")
+    shaping = ("classes", "categories", "facts", "input", "scale", "channels")
     return {k: about[k] for k in shaping if k in about}
 
 

@@ -9,7 +9,7 @@ and Fidler, ECCV 2020). Both: their maps joined by a convolution. Maps are (B, C
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +49,32 @@ class Pillars(nn.Module):
         """(B, C, H, W) of points (B, N, >= 4), of which the first `point_count` (B,) are real."""
         height, width = self.grid.shape
         rows, most = points.shape[:2]
+        pillars = rows * height * width
         real = torch.arange(most, device=points.device) < point_count[:, None]
         low, high = self.grid.range[2], self.grid.range[5]
         z = points[..., 2]
-        frame, place = (real & self.grid.inside(points) & (z >= low) & (z < high)).nonzero(
-            as_tuple=True
-        )
-        own = points[frame, place, :4]
+        seen = real & self.grid.inside(points) & (z >= low) & (z < high)
+        whole = torch.compiler.is_exporting()
+        if whole:  # shapes of a graph do not depend on values: all points are carried
+            frame = torch.arange(rows, device=points.device)[:, None].expand(rows, most).flatten()
+            own = points[..., :4].flatten(0, 1)
+        else:
+            frame, place = seen.nonzero(as_tuple=True)
+            own = points[frame, place, :4]
         cells = self.grid.cells(own).floor()
         pillar = (frame * height + cells[:, 1].long()) * width + cells[:, 0].long()
-        flat = own.new_zeros(rows * height * width, self.width)
-        if len(own) > 1:
-            described = self._described(own, cells, pillar, len(flat))
+        if whole:  # those that are not seen go to one pillar more, which is cut off below
+            pillar = torch.where(seen.flatten(), pillar, pillars)
+        flat = own.new_zeros(pillars + whole, self.width)
+        if own.shape[0] > 1:
+            described = self._described(own, cells, pillar, flat.shape[0])
             strength = F.relu(self.norm(self.layer(described)))
             spread = pillar[:, None].expand_as(strength)
             flat = flat.scatter_reduce(0, spread, strength, "amax", include_self=True)
         else:  # nothing was seen: the map is empty, but not without a gradient
             flat = flat + 0.0 * (self.layer.weight.sum() + self.norm.weight.sum())
             flat = flat + 0.0 * self.norm.bias.sum()
-        maps = flat.reshape(rows, height, width, self.width).permute(0, 3, 1, 2)
+        maps = flat[:pillars].reshape(rows, height, width, self.width).permute(0, 3, 1, 2)
         smooth: Tensor = self.smooth(maps)
         return smooth
 
@@ -117,34 +124,46 @@ class LiftSplat(nn.Module):
 
     def forward(self, images: Tensor, intrinsics: Tensor, cameras: Tensor) -> Tensor:
         """(B, C, H, W) of images (B, V, 3, h, w), intrinsics (B, V, 3, 3), poses (B, V, 4, 4)."""
-        rows, views, _, tall, wide = images.shape
+        rows, views = images.shape[:2]
         depths: Tensor = self.depths  # type: ignore[assignment]
         bins = len(depths)
         lifted = self.lift(self.trunk(images.flatten(0, 1) * 2 - 1))
         share = lifted[:, :bins].softmax(1).flatten(2)  # (B V, D, P)
         content = lifted[:, bins:].flatten(2).transpose(1, 2)  # (B V, P, C)
         with torch.no_grad():
-            cell, inside = self._cells(intrinsics, cameras, (tall, wide))
+            cell, inside = self._cells(intrinsics, cameras, lifted.shape[-2:])
         height, width = self.grid.shape
-        frame = torch.arange(rows, device=images.device).repeat_interleave(views)
+        frame = torch.arange(rows, device=images.device)[:, None].expand(rows, views).flatten()
         cell = cell + (frame * height * width)[:, None, None]
-        camera, depth, pixel = inside.nonzero(as_tuple=True)
         # Rays thin out with the distance: weighed by it, near cells do not drown the far ones.
-        weight = share[camera, depth, pixel] * (depths / depths[-1])[depth]
-        thrown = weight[:, None] * content[camera, pixel]
+        far = depths / depths[-1]
+        if torch.compiler.is_exporting():  # shapes of a graph do not depend on values
+            weight = share * far[:, None] * inside
+            thrown = (weight[..., None] * content[:, None]).flatten(0, 2)
+            place = torch.where(inside, cell, 0).flatten()
+        else:
+            camera, depth, pixel = inside.nonzero(as_tuple=True)
+            weight = share[camera, depth, pixel] * far[depth]
+            thrown = weight[:, None] * content[camera, pixel]
+            place = cell[camera, depth, pixel]
         flat = content.new_zeros(rows * height * width, self.width)
-        flat = flat.index_add(0, cell[camera, depth, pixel], thrown)
+        flat = flat.index_add(0, place, thrown)
         maps = flat.reshape(rows, height, width, self.width).permute(0, 3, 1, 2)
         smooth: Tensor = self.smooth(maps)
         return smooth
 
     def _cells(
-        self, intrinsics: Tensor, cameras: Tensor, size: tuple[int, int]
+        self, intrinsics: Tensor, cameras: Tensor, size: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Cell numbers (B V, D, P) of every pixel at every depth, and whether they are inside."""
+        """Cell numbers (B V, D, P) of every pixel at every depth, and whether they are inside.
+
+        Args:
+            intrinsics: (B, V, 3, 3).
+            cameras: (B, V, 4, 4).
+            size: (height, width) of the trunk's map, which rounds odd sides up.
+        """
         depths: Tensor = self.depths  # type: ignore[assignment]
-        # The trunk rounds odd sides up; its cells are as many as it makes.
-        sides = (-(-size[0] // _STRIDE) * _STRIDE, -(-size[1] // _STRIDE) * _STRIDE)
+        sides = (size[0] * _STRIDE, size[1] * _STRIDE)
         rays = pixel_rays(intrinsics.flatten(0, 1), sides, _STRIDE)  # (B V, P, 3)
         places = (rays[:, None] * depths[:, None, None]).flatten(1, 2)
         places = apply_pose(cameras.flatten(0, 1), places)
@@ -152,7 +171,7 @@ class LiftSplat(nn.Module):
         inside = self.grid.inside(places) & (z >= low) & (z < high)
         cells = self.grid.cells(places).floor().long()
         number = cells[..., 1] * self.grid.shape[1] + cells[..., 0]
-        shape = (len(rays), len(depths), rays.shape[1])
+        shape = (rays.shape[0], len(depths), rays.shape[1])
         return number.reshape(shape), inside.reshape(shape)
 
 
@@ -223,10 +242,19 @@ class MiniBEV(nn.Module):
 
     Attributes:
         taps: "low", the map before the encoder; "high", the one after it.
+        free_axes: of each input, the axes that have any size.
 
     Raises:
         ModelError: an unknown sensor, or none.
     """
+
+    free_axes: ClassVar[Mapping[str, Mapping[int, str]]] = {
+        "points": {0: "batch", 1: "points"},
+        "point_count": {0: "batch"},
+        "images": {0: "batch", 1: "views", 3: "height", 4: "width"},
+        "intrinsics": {0: "batch", 1: "views"},
+        "cameras": {0: "batch", 1: "views"},
+    }
 
     def __init__(
         self,
@@ -292,3 +320,37 @@ class MiniBEV(nn.Module):
             maps.append(self.camera(images, intrinsics, cameras))
         low = self.low(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
         return {"head": [self.head(self.high(low))]}
+
+    def example_view(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Two frames of what its sensors read: points around, two cameras that look about.
+
+        Images are small, so that no ray ends by chance on the border of two cells, where
+        rounding alone would decide.
+        """
+        view: dict[str, Tensor] = {}
+        if self.lidar is not None:
+            low, high = (torch.tensor(self.grid.range[i : i + 3]) for i in (0, 3))
+            # Some of them lie beyond the grid.
+            places = low + (high - low) * (1.1 * torch.rand(2, 64, 3, generator=generator) - 0.05)
+            strength = torch.rand(2, 64, 1, generator=generator)
+            view["points"] = torch.cat([places, strength], -1)
+            view["point_count"] = torch.tensor([64, 40])
+        if self.camera is not None:
+            tall, wide = 2 * _STRIDE, 3 * _STRIDE
+            view["images"] = torch.rand(2, 2, 3, tall, wide, generator=generator)
+            lens = torch.tensor([[wide, 0.0, wide / 2], [0.0, wide, tall / 2], [0.0, 0.0, 1.0]])
+            view["intrinsics"] = lens.repeat(2, 2, 1, 1)
+            view["cameras"] = _looking(torch.rand(2, 2, generator=generator) * 2 * torch.pi)
+        return view
+
+
+def _looking(angle: Tensor) -> Tensor:
+    """Poses (..., 4, 4) of cameras that look along directions (...) over the ground."""
+    sine, cosine, none = angle.sin(), angle.cos(), torch.zeros_like(angle)
+    rows = [
+        torch.stack([sine, none, cosine, none], -1),
+        torch.stack([-cosine, none, sine, none], -1),
+        torch.stack([none, none - 1, none, none], -1),
+        torch.stack([none, none, none, none + 1], -1),
+    ]
+    return torch.stack(rows, -2)

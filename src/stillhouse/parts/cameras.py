@@ -93,8 +93,26 @@ def pixel_rays(intrinsics: Tensor, size: tuple[int, int], stride: int = 1) -> Te
     )
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flip(-1).reshape(-1, 2)
     pixels = torch.cat([grid, torch.ones_like(grid[:, :1])], dim=1)
-    rays: Tensor = pixels @ torch.linalg.inv(intrinsics).transpose(-1, -2)
+    rays: Tensor = pixels @ _inverse(intrinsics).transpose(-1, -2)
     return rays
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    """The inverse of matrices (..., 3, 3), in products and sums where a graph is written."""
+    if not torch.compiler.is_exporting():
+        inverse: Tensor = torch.linalg.inv(matrices)
+        return inverse
+    # ONNX has no inverse. The columns of the inverse are cross products of the rows.
+    first, second, third = matrices.unbind(-2)
+    columns = [_cross(second, third), _cross(third, first), _cross(first, second)]
+    return torch.stack(columns, -1) / (first * columns[0]).sum(-1)[..., None, None]
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    """Cross products of vectors (..., 3)."""
+    x, y, z = a.unbind(-1)
+    u, v, w = b.unbind(-1)
+    return torch.stack([y * w - z * v, z * u - x * w, x * v - y * u], -1)
 
 
 def on_ground(intrinsics: Tensor, pose: Tensor, pixels: Tensor, height: float) -> Tensor:
