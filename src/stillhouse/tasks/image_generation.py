@@ -31,7 +31,7 @@ from stillhouse.task import Metric, Task
 from stillhouse.teacher import Knowledge
 
 # Of the classifier that judges: its blocks, epochs, batch and learning rate.
-_WIDTHS, _EPOCHS, _BATCH, _RATE = (32, 48), 15, 64, 3e-3
+_WIDTHS, _EPOCHS, _BATCH, _RATE = (32, 64), 25, 64, 3e-3
 
 
 class NoiseNet(Net):
