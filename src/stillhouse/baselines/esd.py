@@ -30,6 +30,7 @@ from stillhouse.method import Card, Method, MethodConfig, Variant
 from stillhouse.objective import Objective
 from stillhouse.parts.noise import Sampler
 from stillhouse.stages.audit import (
+    checked_budget,
     checked_class,
     drawing_artifact,
     judged_forgetting,
@@ -201,6 +202,7 @@ class Esd(Method):
         config, task = self.config, job.task
         checked_class(job, "forget", config.forget)
         checked_class(job, "override_class", config.override_class)
+        checked_budget(job)
         net = noise_predictor(job)
         if config.target == "negative" and net.null is None:
             raise job.recipe.refusal(

@@ -78,6 +78,21 @@ def checked_class(job: Any, setting: str, value: int | None) -> None:
         )
 
 
+def checked_budget(job: Any) -> None:
+    """Refuse, before anything is trained, to choose a state by figures that are not there.
+
+    Raises:
+        RecipeError: names the field and its line.
+    """
+    for field in ("select", "validate_every"):
+        if getattr(job.budget, field, None) not in (None, "last"):
+            raise job.recipe.refusal(
+                f"budget.{field}",
+                "drawn images have no figure by row, by which a state could be chosen while it is "
+                f"trained: leave out budget.{field}",
+            )
+
+
 def judged_forgetting(
     job: Any, model: nn.Module, forget: int, *, override: int | None = None
 ) -> dict[str, float]:

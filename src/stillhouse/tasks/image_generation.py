@@ -57,6 +57,18 @@ class NoiseNet(Net):
         self.sampler = sampler or Sampler()
         self.guidance = guidance
 
+    def forward(self, view: Any) -> Output:
+        """`noise`: (B, C, H, W) for {"noisy", "time", "condition"}.
+
+        A bare tensor is asked about as without noise and of no class (or the first): what is
+        measured of speed needs no more.
+        """
+        if isinstance(view, Tensor):
+            zero = torch.zeros(len(view), device=view.device)
+            condition = torch.full_like(zero, self.null or 0, dtype=torch.long)
+            view = {"noisy": view, "time": zero, "condition": condition}
+        return super().forward(view)
+
     @property
     def schedule(self) -> NoiseSchedule:
         """Of the noise that it knows."""

@@ -61,6 +61,7 @@ from stillhouse.parts.ema import EMA
 from stillhouse.parts.noise import Sampler, one_step
 from stillhouse.parts.override import chosen_override, random_override
 from stillhouse.stages.audit import (
+    checked_budget,
     checked_class,
     conditioning_table,
     drawing_artifact,
@@ -686,6 +687,7 @@ class Sfd(Method):
         """
         checked_class(job, "forget", self.config.forget)
         checked_class(job, "override_class", self.config.override_class)
+        checked_budget(job)
         _steps_of(job)
 
     def _check_times(self, teacher: NoiseNet) -> None:
