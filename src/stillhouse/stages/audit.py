@@ -6,6 +6,7 @@ The classifier that decides is trained on real images alone (`tasks.image_genera
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -106,6 +107,27 @@ def judged_forgetting(
     """
     task: ImageGeneration = job.task
     return task.audited(job, model, forget=forget, override=override)
+
+
+def judged_once(job: Any, model: NoiseNet, forget: int) -> dict[str, float]:
+    """`judged_forgetting` of a model that many sides have in common; a shared stage."""
+    share = {
+        "path": job.path,
+        "model": weights_hash(model.module),
+        "sampler": [asdict(model.sampler), model.guidance],
+        "forget": forget,
+        "data": [job.splits[s].fingerprint for s in (job.teacher_split, "test")],
+        "seed": job.seed,
+        "version": __version__,
+    }
+    told: dict[str, float] = job.once(
+        "teacher-audit",
+        lambda: judged_forgetting(job, model, forget),
+        kind="judge",
+        share=share,
+        everywhere=True,
+    )
+    return told
 
 
 def conditioning_table(job: Any, nets: Mapping[str, Any], forget: int) -> dict[str, Any]:

@@ -66,6 +66,7 @@ from stillhouse.stages.audit import (
     conditioning_table,
     drawing_artifact,
     judged_forgetting,
+    judged_once,
     noise_predictor,
     retrained,
 )
@@ -335,6 +336,7 @@ class Sfd(Method):
             ("retrained?", "train"),
             ("relearn?", "train"),
             ("judge", "judge"),
+            ("teacher-audit?", "judge"),
         ),
     )
 
@@ -691,7 +693,12 @@ class Sfd(Method):
         _steps_of(job)
 
     def _check_times(self, teacher: NoiseNet) -> None:
-        """Raises: RecipeError: a time that the teacher's noise schedule has not."""
+        """Before anything is distilled.
+
+        Raises:
+            RecipeError: a time that the teacher's noise schedule has not, or guidance of a
+                teacher that always needs a class.
+        """
         config, steps = self.config, len(teacher.schedule)
         if config.t_init >= steps or config.t_max > steps:
             raise RecipeError(
@@ -731,7 +738,7 @@ class Sfd(Method):
         teacher = getattr(job.models, "teacher_net", None)
         if isinstance(teacher, NoiseNet):
             teacher.sampler = Sampler(steps=config.teacher_steps)
-            told = judged_forgetting(job, teacher, config.forget)
+            told = judged_once(job, teacher, config.forget)
             figures.update({f"teacher_{name}": value for name, value in told.items()})
         return figures
 
