@@ -1,7 +1,8 @@
 """Take a model that a run has left to another library, and check that it answers the same.
 
 Forms: ONNX (with normalisation inside), a plain PyTorch state dict, a Hugging Face folder, a
-timm folder, a sentence-transformers folder. Each is read back and compared before it counts.
+timm folder, a sentence-transformers folder, a diffusers folder. Each is read back and compared
+before it counts.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def export_artifact(
 
     Args:
         folder: of the artifact, or of the run that made it.
-        to: "onnx", "torch", "hf", "timm" or "sentence-transformers".
+        to: "onnx", "torch", "hf", "timm", "sentence-transformers" or "diffusers".
         output: folder to write into, or a file that ends in .onnx; `FOLDER/export/FORM` when
             not given.
         shape: of one input, without the batch, where the artifact does not say it.
@@ -141,6 +142,9 @@ def example_view(artifact: Artifact, module: nn.Module, shape: Sequence[int] | N
     own: Any = getattr(module, "example_view", None)
     if own is not None:
         return own(draw)
+    if "sampler" in settings and isinstance(reads, list | tuple):  # a predictor of noise
+        noisy, labels = torch.randn(2, *reads, generator=draw), torch.tensor([0, 1])
+        return {"noisy": noisy, "time": torch.tensor([10.0, 400.0]), "condition": labels}
     reader: Any = getattr(module, "reader", None)
     if reader is not None:
         return reader.join([reader.row(reader.read(text).codes) for text in _WORDS])
@@ -661,12 +665,59 @@ def _pooled(module: nn.Module, tokenizer: Any, pooling: str, normalise: bool) ->
     return torch.nn.functional.normalize(made, dim=-1) if normalise else made
 
 
+def to_diffusers(source: Source, folder: Path) -> dict[str, Any]:
+    """`unet/` and `scheduler/` as diffusers opens them, and a note on how images are drawn."""
+    from stillhouse.models.diffusers_unet import DiffusersUNet
+
+    module = source.module
+    if not isinstance(module, DiffusersUNet):
+        raise ModelError(
+            f"--to diffusers needs a UNet2DModel of diffusers, and this is {source.name}; "
+            "--to torch takes any model"
+        )
+    module.save_folder(folder)
+    settings = source.artifact.predictor.settings if source.artifact.predictor else {}
+    (folder / "stillhouse.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+    (folder / "README.md").write_text(_diffusers_note(source, settings), encoding="utf-8")
+    read = DiffusersUNet(folder=str(folder), classes=module.classes).eval()
+    again = Net(read, answer="noise")
+    ours, theirs = answers(source.net, source.view), answers(again, source.view)
+    worst = compared(ours, theirs, "the folder read back")
+    return {"class": "UNet2DModel", "largest_difference": worst}
+
+
+def _diffusers_note(source: Source, settings: Mapping[str, Any]) -> str:
+    sampler = settings.get("sampler", {})
+    lines = [f"# {source.artifact.meta.get('title', 'A noise predictor')}", ""]
+    if sampler.get("steps") == 0:
+        time = sampler["time"]
+        lines += [
+            f"A generator of one step, asked at time {time}; it is no model for many steps.", "",
+            "```python",
+            "import torch",
+            "from diffusers import DDPMScheduler, UNet2DModel", "",
+            'unet = UNet2DModel.from_pretrained("unet").eval()',
+            'kept = DDPMScheduler.from_pretrained("scheduler").alphas_cumprod'
+            f"[{time}]",
+            "noise = torch.randn(len(labels), *shape)  # labels: (B,) classes",
+            "with torch.no_grad():",
+            f"    found = unet((1 - kept).sqrt() * noise, {time}, class_labels=labels).sample",
+            "images = ((1 / kept - 1).sqrt() * (noise - found) / 2 + 0.5).clamp(0, 1)",
+            "```",
+        ]  # fmt: skip
+    else:
+        lines.append(f"Judged with {sampler.get('steps', 50)} steps of DDIM.")
+    classes = ", ".join(str(c) for c in settings.get("classes", ()))
+    return "\n".join([*lines, "", f"Classes, from 0: {classes}"]) + "\n"
+
+
 FORMS: dict[str, Callable[[Source, Path], dict[str, Any]]] = {
     "onnx": to_onnx,
     "torch": to_torch,
     "hf": to_hugging_face,
     "timm": to_timm,
     "sentence-transformers": to_sentence_transformers,
+    "diffusers": to_diffusers,
 }
 
 

@@ -13,6 +13,7 @@ from stillhouse.net import Net, Output
 
 if TYPE_CHECKING:
     from stillhouse.artifact import Predictor
+    from stillhouse.objective import Objective
 
 
 class Metric(Protocol):
@@ -79,6 +80,13 @@ class Task:
     def loss(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The plain supervised terms."""
         raise NotImplementedError
+
+    def objective(self, net: Net) -> Objective | None:
+        """What the plain supervised training of a net is, where `loss` of its output is not all.
+
+        For tasks whose training draws something for every batch, such as noise. None: `loss`.
+        """
+        return None
 
     def count(self, batch: Batch) -> int | Tensor:
         """What the terms of `loss` are means over: rows, unless some carry no label."""

@@ -20,6 +20,7 @@ class Form(StrEnum):
     hf = "hf"
     timm = "timm"
     sentence_transformers = "sentence-transformers"
+    diffusers = "diffusers"
 
 
 def _sizes(text: str) -> list[int] | None:

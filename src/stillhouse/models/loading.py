@@ -566,6 +566,12 @@ def _folder(
             raise ModelError(f"the model {path} has its own weights; leave out weights: {weights}")
         return _call(SentenceTransformerNet, str(path), {"folder": str(path), **options}, about)
     config = _json(path / "config.json")
+    if (path / "model_index.json").exists() or "_class_name" in config:
+        from stillhouse.models.diffusers_unet import DiffusersUNet
+
+        if weights is not None:
+            raise ModelError(f"the model {path} has its own weights; leave out weights: {weights}")
+        return _call(DiffusersUNet, str(path), {"folder": str(path), **options}, about)
     wanted = PRETRAINED if weights is None else weights
     if "model_type" in config:
         return _hugging_face(str(path), options, wanted, about)
@@ -578,8 +584,8 @@ def _folder(
         return module
     raise ModelError(
         f"the folder {path} holds no model: neither artifact.json nor modules.json "
-        "(sentence-transformers) nor a config.json with 'model_type' (Hugging Face) or "
-        "'architecture' (timm)"
+        "(sentence-transformers) nor model_index.json (diffusers) nor a config.json with "
+        "'model_type' (Hugging Face), 'architecture' (timm) or '_class_name' (diffusers)"
     )
 
 

@@ -61,7 +61,7 @@ def train_supervised(
     budget = budget or job.budget
     return job.fit(
         name,
-        Supervised(net, job.task),
+        job.task.objective(net) or Supervised(net, job.task),
         job.order(split, budget.batch, draws=None),
         steps=budget.steps,
         epochs=budget.epochs,

@@ -1,0 +1,1 @@
+"""Methods that distil or change models that make images or scenes."""
