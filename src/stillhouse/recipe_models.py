@@ -323,6 +323,8 @@ class RecipeModels:
             "seed": job.seed,
             "version": __version__,
         }
+        if (weights := job.task.about.get("class_weights")) is not None:
+            share["class_weights"] = weights
         train_supervised(
             job, "teacher", net, split=job.teacher_split, budget=spec.train, share=share
         )

@@ -242,3 +242,17 @@ def test_classes_must_be_named(tmp_path):
             "segmentation_folder",
             options={"path": str(tmp_path), **OPTIONS, "label_map": {0: 5}},
         )
+
+
+def test_weights_of_the_classes_are_told_to_the_task():
+    options = {"side": 16, "classes": 3, "class_weights": [1.0, 2.0, 0.5]}
+    about = open_data("generated-scenes", seed=0, options=options).about
+    assert about["class_weights"] == [1.0, 2.0, 0.5]
+    assert "class_weights" not in open_data("generated-scenes", seed=0, options={}).about
+    for wrong, told in (
+        ([1.0, 2.0], "has 2 numbers, the data 3 classes: class 0"),
+        ([1.0, -1.0, 1.0], "none below 0 and not all 0"),
+        ([0.0, 0.0, 0.0], "none below 0 and not all 0"),
+    ):
+        with pytest.raises(StillhouseError, match=told):
+            open_data("generated-scenes", seed=0, options={**options, "class_weights": wrong})

@@ -383,6 +383,18 @@ def test_a_float32_store_serves_as_the_module_does(tmp_path):
     assert any(not torch.equal(augmented[k], stored[k]) for k in stored)
 
 
+def test_a_teacher_trained_with_other_class_weights_is_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    teacher = {**BPKD.example()["teacher"], "train": {"steps": 3, "batch": 4, "lr": 0.05}}
+    states = []
+    for run_name, class_weights in (("a", None), ("b", [1.0, 5.0, 5.0]), ("c", [1.0, 5.0, 5.0])):
+        data = {"options": {} if class_weights is None else {"class_weights": class_weights}}
+        job = open_job(recipe(teacher=teacher, data=data), tmp_path / run_name)
+        states.append(plain_state(job.teacher().net))
+    same = [all(torch.equal(one[k], states[1][k]) for k in one) for one in states]
+    assert same == [False, True, True]
+
+
 def test_a_store_of_some_classes_is_refused(tmp_path):
     teacher = {**BPKD.example()["teacher"], "store": {"form": "topk", "k": 2}}
     with pytest.raises(StillhouseError, match="form: dense"):

@@ -54,7 +54,24 @@ def test_a_second_head_and_one_image_at_a_time():
     assert found["aux"].shape == (2, 3, 2, 2)
 
 
+def test_the_first_blocks_of_the_backbone_are_a_network_of_their_own():
+    options = {"width": 0.5, "decoder_channels": 8, "low_channels": 4}
+    whole = load_model("stillhouse:deeplab", options=options)
+    model = load_model("stillhouse:deeplab", options={**options, "blocks": 7}).eval()
+    assert len(model.deep) == 3
+    backbone = {k: v for k, v in whole.state_dict().items() if k.startswith(("low.", "deep."))}
+    kept = {k: v for k, v in backbone.items() if k in model.state_dict()}
+    assert all(v.shape == model.state_dict()[k].shape for k, v in kept.items())
+    assert set(kept) == {k for k in model.state_dict() if k.startswith(("low.", "deep."))}
+    x = torch.randn(2, 3, 64, 64)
+    assert model.deep(model.low(x)).shape == (2, 16, 8, 8)  # 32 channels at half the width
+    assert model(x).shape[-2:] == (16, 16)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
 def test_what_cannot_be_built_is_told():
+    with pytest.raises(ModelError, match="5 to 18 blocks can be kept, not 4"):
+        load_model("stillhouse:deeplab", options={"blocks": 4})
     with pytest.raises(ModelError, match="8, 16 or 32, not 4"):
         load_model("stillhouse:deeplab", options={"output_stride": 4})
     with pytest.raises(ModelError, match="at least two blocks"):

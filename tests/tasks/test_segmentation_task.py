@@ -55,6 +55,22 @@ def test_the_data_says_what_is_ignored():
     assert task.loss({"logits": torch.randn(2, 2, 4, 4)}, {"target": labels})["task"] == 0
 
 
+def test_classes_may_weigh_differently_in_both_heads():
+    labels = torch.randint(0, 2, (3, 8, 8))
+    labels[0, :2] = 255
+    out = {"logits": torch.randn(3, 2, 4, 4), "aux": torch.randn(3, 2, 2, 2)}
+    only = [
+        open_task("segmentation", splits(labels, class_weights=weights)).loss(
+            out, {"target": labels}
+        )
+        for weights in ([1.0, 0.0], [0.0, 1.0], [2.0, 5.0])
+    ]
+    plain = open_task("segmentation", splits(labels)).loss(out, {"target": labels})
+    for name in ("task", "aux"):
+        torch.testing.assert_close(only[0][name] + only[1][name], plain[name])
+        torch.testing.assert_close(2 * only[0][name] + 5 * only[1][name], only[2][name])
+
+
 def test_data_without_maps_is_told():
     with pytest.raises(DataError, match=r"targets of shape \(2,\); segmentation needs a label map"):
         open_task("segmentation", splits(torch.tensor([0, 1]))).check(None, None)

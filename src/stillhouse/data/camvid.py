@@ -88,7 +88,7 @@ class CamVid(DataSet[SceneOptions]):
             "hash": digest,
             "licence": self.licence,
             "source": self.source,
-            **about_scenes(classes, size, mean, std),
+            **about_scenes(classes, size, mean, std, options.class_weights),
         }
         native = masks["train"].shape
         told = self.edition_of(digest, edition or f"{native[2]}x{native[1]}, jpeg")

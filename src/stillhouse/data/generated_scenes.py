@@ -56,7 +56,8 @@ class GeneratedScenes(DataSet[SceneShape]):
                 name=f"generated scenes {role}",
             )
         names = [f"class {c}" for c in range(options.classes)]
-        about = about_scenes(names, (options.side, options.side), [0.5] * 3, [0.25] * 3)
+        size = (options.side, options.side)
+        about = about_scenes(names, size, [0.5] * 3, [0.25] * 3, options.class_weights)
         return Splits(sources, "generated scenes (simulated)", about)
 
 

@@ -37,6 +37,19 @@ class SceneOptions(DataOptions):
         (0.5, 2.0), description="least and largest enlargement for scale+flip"
     )
 
+    class_weights: list[float] | None = Field(
+        None,
+        description="weight of each class's pixels in the cross-entropy, in the order of the "
+        "classes, such as median frequency / frequency; none: all count alike",
+    )
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights_not_negative(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and (min(value, default=0.0) < 0 or sum(value) <= 0):
+            raise ValueError("one number per class, none below 0 and not all 0")
+        return value
+
     @field_validator("image_size")
     @classmethod
     def _two_numbers(cls, value: list[int] | None) -> list[int] | None:
@@ -148,16 +161,39 @@ def check_label_maps(labels: Tensor, classes: int, where: str, ignore: int = IGN
 
 
 def about_scenes(
-    classes: Sequence[str], size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    classes: Sequence[str],
+    size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """What tasks and models must know of images with label maps."""
-    return {
+    """What tasks and models must know of images with label maps.
+
+    Args:
+        classes: names, in the order of the labels.
+        size: [height, width] of the images, px.
+        mean: of each channel.
+        std: likewise.
+        class_weights: see `SceneOptions`.
+
+    Raises:
+        DataError: another number of weights than of classes.
+    """
+    about: dict[str, Any] = {
         "classes": list(classes),
         "ignore": IGNORE,
         "input": [3, int(size[0]), int(size[1])],
         "mean": list(mean),
         "std": list(std),
     }
+    if class_weights is not None:
+        if len(class_weights) != len(classes):
+            raise DataError(
+                f"data option 'class_weights' has {len(class_weights)} numbers, the data "
+                f"{len(classes)} classes: {', '.join(map(str, classes))}"
+            )
+        about["class_weights"] = [float(weight) for weight in class_weights]
+    return about
 
 
 def hash_of(*parts: object) -> str:

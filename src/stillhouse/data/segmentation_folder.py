@@ -142,7 +142,7 @@ class SegmentationFolder(DataSet[SegmentationFolderOptions]):
             "name": self.name,
             "licence": self.licence,
             "source": str(root),
-            **about_scenes(classes, options.image_size, MEAN, STD),
+            **about_scenes(classes, options.image_size, MEAN, STD, options.class_weights),
         }
         return Splits(sources, f"{root.name} (segmentation folder)", about)
 

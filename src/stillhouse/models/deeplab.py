@@ -15,7 +15,7 @@ from stillhouse.models.loading import load_model
 # Where MobileNetV2's `features` halve the image: at these the output stride becomes 2 ... 32.
 _HALVES = (0, 2, 4, 7, 14)
 _LOW = 4  # blocks up to the last at stride 4
-_DEEP = 18  # without the last 1x1 convolution, which only the classifier needs
+_DEEP = 18  # all without the last 1x1 convolution, which only the classifier needs
 
 
 class DeepLab(nn.Module):
@@ -33,6 +33,9 @@ class DeepLab(nn.Module):
         decoder_channels: of pyramid and decoder.
         low_channels: of what the decoder takes from stride 4.
         auxiliary: a second head on the backbone's last map, trained beside, as `aux`.
+        blocks: of the backbone that are kept, from the image on, 5 to 18. With 7 its last map
+            is at stride 8 and the network has a thirtieth of the parameters: a small student
+            that begins with the published weights, which there are for width 1.0 alone.
 
     Attributes:
         taps: "low" (stride 4), "backbone" (its last map), "pyramid", "decoder".
@@ -40,7 +43,7 @@ class DeepLab(nn.Module):
         input_std: likewise.
 
     Raises:
-        ModelError: another output stride, or weights that do not fit.
+        ModelError: another output stride or number of blocks, or weights that do not fit.
     """
 
     def __init__(
@@ -53,10 +56,15 @@ class DeepLab(nn.Module):
         decoder_channels: int = 96,
         low_channels: int = 24,
         auxiliary: bool = False,
+        blocks: int = _DEEP,
     ) -> None:
         super().__init__()
         if output_stride not in {8, 16, 32}:
             raise ModelError(f"the output stride must be 8, 16 or 32, not {output_stride}")
+        if not _LOW < blocks <= _DEEP:
+            raise ModelError(
+                f"of the backbone {_LOW + 1} to {_DEEP} blocks can be kept, not {blocks}"
+            )
         whole: Any = load_model(
             "torchvision:mobilenet_v2",
             options={"width_mult": width, "num_classes": 1000},
@@ -66,7 +74,7 @@ class DeepLab(nn.Module):
             if hasattr(whole, name):
                 setattr(self, name, getattr(whole, name))
         self.low = whole.features[:_LOW]
-        self.deep = whole.features[_LOW:_DEEP]
+        self.deep = whole.features[_LOW:blocks]
         _dilate(self.deep, output_stride)
         fine, coarse = _channels(self.low), _channels(self.deep)
         self.pyramid = _Pyramid(coarse, decoder_channels, rates)

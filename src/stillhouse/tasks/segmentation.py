@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stillhouse.artifact import Predictor
 from stillhouse.batch import Batch, read_rows
 from stillhouse.errors import DataError, ModelError
+from stillhouse.losses.chunked import wide
 from stillhouse.losses.spatial import IGNORE, pixel_cross_entropy
 from stillhouse.metrics.segmentation import SegmentationIoU, label_maps, near_borders
 from stillhouse.net import Net, Output
@@ -42,7 +43,8 @@ class Segmentation(Task):
     The loss is the mean over all pixels, ignored ones counting as 0 (as mmsegmentation's
     cross-entropy by default): so the mean of several pieces of a batch is that of the whole.
 
-    `about` of the splits holds "classes", "input", "mean", "std", and "ignore".
+    `about` of the splits holds "classes", "input", "mean", "std", and "ignore"; "class_weights",
+    where it is there, multiplies each pixel's loss by its class's number.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -78,12 +80,15 @@ class Segmentation(Task):
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Cross-entropy at the labels' size, of the head and of an auxiliary one."""
-        target = batch["target"]
-        terms = {"task": pixel_cross_entropy(out["logits"], target, ignore=self.ignore).mean()}
+        terms = {"task": self._cross_entropy(out["logits"], batch["target"])}
         if isinstance(out.get("aux"), Tensor):
-            aux = pixel_cross_entropy(out["aux"], target, ignore=self.ignore).mean()
-            terms["aux"] = AUXILIARY * aux
+            terms["aux"] = AUXILIARY * self._cross_entropy(out["aux"], batch["target"])
         return terms
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        given = self.about.get("class_weights")
+        weight = None if given is None else wide(logits).new_tensor(given)
+        return pixel_cross_entropy(logits, target, ignore=self.ignore, weight=weight).mean()
 
     def metrics(self) -> Mapping[str, Metric]:
         """mIoU, also near borders and away from them; see `metrics.segmentation`."""
