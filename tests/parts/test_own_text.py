@@ -8,7 +8,7 @@ import torch
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.parts.adaptive_replay import AdaptiveThreshold, choose_branch, fresh_share
 from stillhouse.parts.disputed_token import corrected_prefix, disputed_token
-from stillhouse.parts.phrases import offsets_of, phrases, token_intervals
+from stillhouse.parts.phrases import located, phrases, token_intervals
 
 
 def agreeing(tokens: torch.Tensor, classes: int = 9, sure: float = 6.0) -> torch.Tensor:
@@ -125,12 +125,10 @@ def test_spans_become_intervals_of_tokens():
     assert token_intervals([(0, 10), (4, 7), (7, 14), (0, 0)], offsets) == [(0, 2), (2, 4)]
 
 
-def test_offsets_of_a_tokenizer_that_can_only_decode():
-    words = ["the", "vaults", "", "pub", "."]
-
-    def decode(ids):
-        return " ".join(words[i] for i in ids if words[i]).replace(" .", ".")
-
-    text = decode(range(5))
-    found = offsets_of(range(5), decode)
-    assert [text[a:b] for a, b in found] == ["the", "vaults", "", "pub", "."]
+def test_tokens_are_located_in_the_text_they_make():
+    text = "The vaults pub, 3.5-star."
+    pieces = ["The", " vaul", "ts", "<end>", "pub", ",", " ", "3", ".", "5", "-", "star", "."]
+    found = located(pieces, text)
+    told = ["The", "vaul", "ts", "", "pub", ",", "", "3", ".", "5", "-", "star", "."]
+    assert [text[a:b] for a, b in found] == told
+    assert located(["x", "The"], text)[1] == (0, 3)

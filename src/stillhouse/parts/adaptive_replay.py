@@ -33,7 +33,7 @@ class AdaptiveThreshold(Part):
 
     Attributes:
         phi: the threshold, 0-dim float64.
-        previous: the validation loss it last rose at; the first one seen otherwise. NaN before.
+        previous: the validation loss it last rose at, or else the first one; infinite before.
 
     Raises:
         RecipeError: a start outside of [0, 1].
@@ -48,7 +48,7 @@ class AdaptiveThreshold(Part):
             raise RecipeError(f"the threshold begins in [0, 1], not at {start}")
         self.margin, self.step = margin, step
         self.register_buffer("phi", torch.tensor(start, dtype=torch.float64))
-        self.register_buffer("previous", torch.tensor(math.nan, dtype=torch.float64))
+        self.register_buffer("previous", torch.tensor(math.inf, dtype=torch.float64))
 
     def observe(self, loss: float) -> float:
         """Take a validation loss in: the first is that before training.
@@ -58,7 +58,7 @@ class AdaptiveThreshold(Part):
         Returns:
             The threshold from now on.
         """
-        if math.isnan(float(self.previous)):
+        if math.isinf(float(self.previous)):
             self.previous.fill_(loss)
         elif loss >= float(self.previous) + self.margin:
             self.phi.fill_(min(float(self.phi) + self.step, 1.0))

@@ -73,10 +73,23 @@ def disputed_token(
             f"logits {tuple(teacher_logits.shape)}, tokens {tuple(tokens.shape)} and mask "
             f"{tuple(mask.shape)} must have one row per text and one column per token"
         )
-    valid = mask.bool()
     with torch.no_grad():
-        divergence = kl(student_logits, teacher_logits, mask=valid, reduction="none")
-        teacher_token = teacher_logits.argmax(-1)
+        divergence = kl(student_logits, teacher_logits, mask=mask.bool(), reduction="none")
+    return most_disputed(divergence, teacher_logits.argmax(-1), tokens, mask)
+
+
+def most_disputed(
+    divergence: Tensor, teacher_token: Tensor, tokens: Tensor, mask: Tensor
+) -> Disputed:
+    """As `disputed_token`, from what is known of each place already.
+
+    Args:
+        divergence: (B, L), looked at inside of the mask only.
+        teacher_token: (B, L) int64, the teacher's likeliest token.
+        tokens: (B, L) int64.
+        mask: (B, L).
+    """
+    valid = mask.bool()
     candidates = valid & (teacher_token != tokens)
     scored = divergence.masked_fill(~candidates, -torch.inf)
     position = scored.argmax(-1).masked_fill(~candidates.any(-1), -1)

@@ -7,7 +7,6 @@ function words and punctuation say where a phrase begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from stillhouse.parts.text_spans import split_words
 
@@ -119,44 +118,29 @@ def token_intervals(spans: Sequence[Span], offsets: Sequence[Span]) -> list[tupl
     return found
 
 
-def offsets_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[Span]:
-    """Where each token stands in the decoded text, for any tokenizer that can only decode.
+def located(pieces: Sequence[str], text: str) -> list[Span]:
+    """Where each token stands in a text that was made of them.
+
+    Blanks between tokens may be any; a token that is not found where the last one ended (one that
+    the text leaves out, or a part of a character) gets the empty span there.
 
     Args:
-        tokens: ids.
-        decode: ids to text.
+        pieces: each token as text, such as `decode([token])`.
+        text: what all of them say.
 
     Returns:
-        `[start, stop)` of each token in `decode(tokens)`; white space in front of a token is not
-        counted to it. A token that adds no character (a part of one, or left out) has none.
+        `[start, stop)` of each, in order.
     """
-    text, before, found = decode(list(tokens)), 0, []
-    for count in range(1, len(tokens) + 1):
-        stop = max(before, min(len(decode(list(tokens[:count]))), len(text)))
-        start = before
-        while start < stop and text[start].isspace():
+    found: list[Span] = []
+    place = 0
+    for piece in pieces:
+        word = piece.strip()
+        start = place
+        while start < len(text) and text[start].isspace():
             start += 1
-        found.append((start, stop))
-        before = stop
+        if word and text.startswith(word, start):
+            place = start + len(word)
+            found.append((start, place))
+        else:
+            found.append((place, place))
     return found
-
-
-def encoded_offsets(tokens: Sequence[int], tokenizer: Any) -> list[Span]:
-    """As `offsets_of`, asking a fast tokenizer once where it can read its own text back.
-
-    Args:
-        tokens: ids without specials.
-        tokenizer: of Hugging Face.
-    """
-
-    def decode(ids: Sequence[int]) -> str:
-        text: str = tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    if getattr(tokenizer, "is_fast", False):
-        back = tokenizer(decode(tokens), add_special_tokens=False, return_offsets_mapping=True)
-        if list(back["input_ids"]) == list(tokens):
-            return [(int(a), int(b)) for a, b in back["offset_mapping"]]
-    return offsets_of(tokens, decode)
