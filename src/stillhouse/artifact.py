@@ -66,6 +66,10 @@ class Predictor:
         """Read files or folders, predict, write; returns a summary for the terminal."""
         raise NotImplementedError
 
+    def files(self) -> Mapping[str, bytes]:
+        """Files that are written beside the weights for other programs; none by default."""
+        return {}
+
     @classmethod
     def restore(cls, module: nn.Module, settings: Mapping[str, Any]) -> Predictor:
         """The inverse of saving."""
@@ -138,6 +142,8 @@ class Artifact:
                 "class": f"{type(self.predictor).__module__}:{type(self.predictor).__qualname__}",
                 "settings": self.predictor.settings,
             }
+            for name, content in self.predictor.files().items():
+                write(name, content)
             net = self.predictor.module
             about["net"] = net_settings(net)
             config: Any = getattr(getattr(net, "module", net), "config", None)

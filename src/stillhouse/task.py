@@ -82,6 +82,10 @@ class Task:
         """What the terms of `loss` are means over: rows, unless some carry no label."""
         return batch.size
 
+    def items(self, batch: Batch) -> Tensor | None:
+        """Which positions of the logits count, bool of their leading shape; None for all."""
+        return None
+
     def metrics(self) -> Mapping[str, Metric]:
         """Fresh metrics for one pass over a split."""
         raise NotImplementedError

@@ -1,0 +1,191 @@
+"""A user's own instructions: prompts and responses in jsonl files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from stillhouse.batch import Splits
+from stillhouse.data.cached import content_hash
+from stillhouse.data.data_set import DataSet
+from stillhouse.data.e2e_nlg import by_prompt
+from stillhouse.data.prompt_options import PromptOptions
+from stillhouse.data.prompt_rows import Pair, prompt_splits
+from stillhouse.data.roots import locate
+from stillhouse.errors import DataError, RecipeError, nearest
+
+# Names under which prompt and response are found, in order of preference.
+PROMPTS = ("prompt", "instruction", "question", "query")
+RESPONSES = ("output", "response", "answer", "completion", "references")
+_ROLES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test",),
+}
+
+
+class PromptResponseOptions(PromptOptions):
+    """Options of the user's own prompts and responses."""
+
+    path: str = Field(
+        description="a .jsonl file, or a folder with train.jsonl and, if there are any, val.jsonl "
+        "and test.jsonl (each with .gz if packed): as it stands, or below a data root"
+    )
+    prompt: str | None = Field(
+        None,
+        description="field of the prompt; none: prompt, or instruction with input below it, or "
+        "question, or query",
+    )
+    response: str | None = Field(
+        None,
+        description="field of the response, a text or a list of good ones; none: output, "
+        "response, answer, completion or references",
+    )
+    test: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of prompts held out for the test by subset_seed; only where there is "
+        "no test file, and a tenth when not said",
+    )
+    validation: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of prompts held out for validation; only where there is no val file, "
+        "and a twentieth when not said",
+    )
+    limit: int | None = Field(None, ge=3, description="read at most so many rows of each file")
+    subset_seed: int = Field(0, description="seed of what is held out; not the run's seed")
+
+
+class PromptResponses(DataSet[PromptResponseOptions]):
+    """Prompts and responses, one JSON object a line: {"prompt": ..., "output": ...}.
+
+    Also of the Alpaca form (instruction, input, output). Where the response is a list, the first
+    is learned from and all are references when judging; rows of equal prompts share theirs.
+    """
+
+    name = "prompt_responses"
+    title = "your own prompts and responses in jsonl files"
+    tasks = ("text-generation",)
+    licence = "the user's"
+    source = "the user's"
+    edition = "as given"
+
+    Options = PromptResponseOptions
+
+    def open(self, options: PromptResponseOptions, seed: int) -> Splits:
+        """The splits there are; "val" and "test" are held out of train where there are none."""
+        files = _find(options.path)
+        official = {role: _pairs(path, options) for role, path in files.items()}
+        shares = {}
+        for role, said, usual in (("test", options.test, 0.1), ("val", options.validation, 0.05)):
+            if role not in official:
+                shares[role] = usual if said is None else said
+            elif said is not None:
+                option = "validation" if role == "val" else role
+                raise RecipeError(
+                    f"data option '{option}': {options.path} has a {role} file; leave it out"
+                )
+        if shares:
+            held = by_prompt(official["train"], shares, seed=options.subset_seed, name=options.path)
+            official = {**official, **held}
+        digest = hashlib.sha256(
+            "".join(f"{role}:{content_hash(path)};" for role, path in files.items()).encode()
+        ).hexdigest()
+        name = Path(options.path).name
+        splits = prompt_splits(self, official, options, digest=digest, edition="as given")
+        splits.edition = f"{name} (as given)"
+        splits.about["source"] = str(options.path)
+        return splits
+
+
+def _find(given: str) -> dict[str, Path]:
+    if given.endswith((".jsonl", ".jsonl.gz")):
+        return {"train": locate(given, option="path")}
+    folder = locate(given, option="path", folder=True)
+    found: dict[str, Path] = {}
+    for role, stems in _ROLES.items():
+        names = [f"{stem}.jsonl{packed}" for stem in stems for packed in ("", ".gz")]
+        there = [folder / name for name in names if (folder / name).is_file()]
+        if len(there) > 1:
+            raise DataError(f"{folder}: both {there[0].name} and {there[1].name} are {role} data")
+        if there:
+            found[role] = there[0]
+    if "train" not in found:
+        raise DataError(f"{folder} holds no train.jsonl (or train.jsonl.gz)")
+    return found
+
+
+def _pairs(path: Path, options: PromptResponseOptions) -> list[Pair]:
+    rows: list[tuple[str, list[str]]] = []
+    for line, entry in _lines(path):
+        if options.limit is not None and len(rows) == options.limit:
+            break
+        where = f"{path}, line {line}"
+        rows.append((_prompt(entry, options.prompt, where), _said(entry, options.response, where)))
+    if not rows:
+        raise DataError(f"{path} is empty: it holds no rows")
+    known: dict[str, dict[str, None]] = {}
+    for prompt, said in rows:
+        known.setdefault(prompt, {}).update(dict.fromkeys(said))
+    return [Pair(prompt, said[0], tuple(known[prompt])) for prompt, said in rows]
+
+
+def _prompt(entry: Mapping[str, Any], field: str | None, where: str) -> str:
+    names = PROMPTS if field is None else (field,)
+    name = next((name for name in names if name in entry), None)
+    if name is None:
+        raise DataError(
+            f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option 'prompt' names "
+            "the field)"
+        )
+    found = entry[name]
+    if not isinstance(found, str) or not found.strip():
+        raise DataError(f"{where}: the prompt is empty (field '{name}': {found!r})")
+    more = entry.get("input") if field is None and name == "instruction" else None
+    return f"{found}\n\n{more}" if isinstance(more, str) and more.strip() else found
+
+
+def _said(entry: Mapping[str, Any], field: str | None, where: str) -> list[str]:
+    names = RESPONSES if field is None else (field,)
+    name = next((name for name in names if name in entry), None)
+    if name is None:
+        raise DataError(
+            f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option 'response' "
+            "names the field)"
+        )
+    found = entry[name]
+    texts = [found] if isinstance(found, str) else found
+    good = isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)
+    if not good or not all(text.strip() for text in texts):
+        raise DataError(
+            f"{where}: a text, or a list of texts, is needed in the field '{name}', found {found!r}"
+        )
+    return list(texts)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
+            content = opened.read().decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}, line {number}: an object is needed, not {line[:60]}")
+        yield number, entry

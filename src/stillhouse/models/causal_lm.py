@@ -1,0 +1,284 @@
+"""Causal language models: a small one from scratch, and the one way to call any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import MissingExtra, ModelError
+from stillhouse.net import Net
+from stillhouse.parts.text_sampler import cache_name, takes
+from stillhouse.parts.text_tokens import TextTokens
+
+
+class CausalLM(nn.Module):
+    """A GPT-2 of any size with fresh weights (Radford et al. 2019).
+
+    Its state has the names of transformers' `GPT2LMHeadModel`, so that an artifact of it is
+    opened by `AutoModelForCausalLM.from_pretrained` too.
+
+    Args:
+        vocabulary: number of token ids.
+        layers: of the Transformer.
+        width: of the hidden states.
+        heads: of the attention; they divide `width`. None: one for every 32 of the width.
+        length: most tokens of a row, the model's context.
+        dropout: of embeddings and residual branches, in [0, 1).
+        end: id that ends a text.
+
+    Attributes:
+        config: of transformers.
+
+    Raises:
+        ModelError: a setting out of range.
+        MissingExtra: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        layers: int = 4,
+        width: int = 192,
+        heads: int | None = None,
+        length: int = 256,
+        dropout: float = 0.1,
+        end: int | None = None,
+    ) -> None:
+        super().__init__()
+        if heads is None:
+            heads = max(1, width // 32)
+        if min(vocabulary, layers, width, heads, length) < 1 or width % heads:
+            raise ModelError(
+                "a causal language model needs positive sizes, and heads that divide the width; "
+                f"got vocabulary {vocabulary}, layers {layers}, width {width}, heads {heads}, "
+                f"length {length}"
+            )
+        transformers = _transformers()
+        self.config = transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=length,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=0.0,  # else the fused attention is not taken
+            bos_token_id=end,
+            eos_token_id=end,
+            # Left out: rows are padded on the right, where no mask is needed and none is missed.
+            pad_token_id=None,
+        )
+        self.config.architectures = ["GPT2LMHeadModel"]
+        made = transformers.GPT2LMHeadModel(self.config)
+        self.transformer: Any = made.transformer
+        self._cache = cache_name(made)
+        self.lm_head: nn.Linear = made.lm_head
+        # Input and output embedding are one tensor, also after a deep copy or a move.
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> dict[str, Any]:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, all so far), True or 1 for what is no padding.
+            position_ids: (B, L).
+            past_key_values: of an earlier call with `use_cache`.
+            use_cache: give keys and values back.
+            logits_to_keep: of the last so many positions only; 0 for all.
+
+        Returns:
+            "logits" (B, L, V), and "past_key_values" with `use_cache`.
+        """
+        out = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{self._cache: past_key_values},
+        )
+        hidden = out.last_hidden_state  # (B, L, D)
+        found = {"logits": self.lm_head(hidden[:, -logits_to_keep:])}
+        if use_cache:
+            found["past_key_values"] = out[self._cache]
+        return found
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+
+def causal_lm(
+    vocabulary: int,
+    layers: int = 4,
+    width: int = 192,
+    heads: int | None = None,
+    length: int = 256,
+    dropout: float = 0.1,
+    end: int | None = None,
+) -> CausalLM:
+    """A GPT-2 of any size; see `CausalLM`."""
+    return CausalLM(vocabulary, layers, width, heads, length, dropout, end)
+
+
+class Vocabulary:
+    """How many ids the models of a run share; one object for all of their nets.
+
+    Heads are often padded beyond their tokenizer, differently within one family. What all have
+    is the smallest, and every net answers about that many.
+
+    Args:
+        size: number of ids of the tokenizer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __deepcopy__(self, memo: Any) -> Vocabulary:
+        return self
+
+    def narrow(self, size: int) -> None:
+        """A model has only so many."""
+        self.size = min(self.size, size)
+
+
+class LanguageNet(Net):
+    """A causal language model that is called on rows of tokens.
+
+    A tensor (B, L) is a batch padded on the right: what a token sees is before it, so nothing
+    need be masked. A mapping may bring `attention_mask` and other arguments; of rows padded on
+    the left, positions count from the first token that is none.
+
+    Args:
+        module: of transformers, or called alike: gives `logits` (B, L, V).
+        shared: ids that all models of the run have; logits of others are left out. None: all.
+        taps: see `Net`.
+
+    Attributes:
+        view: "tokens", unless the module says otherwise.
+        tokens: what the model was trained on, where it comes with that.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        shared: Vocabulary | None = None,
+        taps: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(module, answer="logits", taps=taps)
+        self.view = str(getattr(module, "reads", "tokens"))
+        self.tokens: TextTokens | None = None
+        self._shared: Vocabulary | None = None
+        self._plain_head = False
+        if shared is not None:
+            self.share(shared)
+
+    def share(self, vocabulary: Vocabulary) -> None:
+        """Answer about the ids that the models of a run share, of which this is one."""
+        self._shared = vocabulary
+        size = head_size(self.module)
+        if size is not None:
+            vocabulary.narrow(size)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of ids that are answered about; None for as many as the module gives."""
+        return None if self._shared is None else self._shared.size
+
+    def _call(self, view: Any) -> Any:
+        if isinstance(view, Tensor):
+            # Models of transformers warn of rows that begin or end with padding without a mask.
+            whole = (
+                {}
+                if isinstance(self.module, CausalLM)
+                else {"attention_mask": torch.ones_like(view)}
+            )
+            out = self.module(input_ids=view, use_cache=False, **whole)
+        else:
+            out = self.module(**self._arguments(view))
+        return self._sliced(out)
+
+    def _arguments(self, view: Mapping[str, Any]) -> dict[str, Any]:
+        given = {("input_ids" if k == "tokens" else k): v for k, v in view.items()}
+        mask = given.get("attention_mask")
+        if mask is not None:
+            given["attention_mask"] = mask.long()
+            if "position_ids" not in given and takes(self.module, "position_ids"):
+                given["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        given.setdefault("use_cache", False)
+        return given
+
+    def _sliced(self, out: Any) -> Any:
+        size = self.vocabulary
+        if size is None or not isinstance(out, Mapping) or out["logits"].shape[-1] <= size:
+            return out
+        return {**out, "logits": out["logits"][..., :size]}
+
+    def head_layer(self) -> nn.Linear:
+        """The layer that turns hidden states into logits."""
+        found = getattr(self.module, "get_output_embeddings", lambda: None)()
+        return found if isinstance(found, nn.Linear) else super().head_layer()
+
+    def hidden(self, view: Any) -> Tensor:
+        """What the head takes, (B, L, D): for losses that project some tokens at a time.
+
+        With `head_layer` and `losses.chunked.chunked` no tensor of the vocabulary's size is held.
+
+        Raises:
+            ModelError: the model does more between hidden states and logits than its head does.
+        """
+        given = self._arguments({"input_ids": view} if isinstance(view, Tensor) else view)
+        if not self._plain_head:
+            self._check_head(given)
+        return self._states(given)
+
+    def _states(self, given: Mapping[str, Any]) -> Tensor:
+        whole: Any = getattr(self.module, "get_base_model", lambda: self.module)()
+        body = whole.transformer if isinstance(whole, CausalLM) else whole.base_model
+        found: Tensor = body(**given)["last_hidden_state"]
+        return found
+
+    def _check_head(self, given: Mapping[str, Any]) -> None:
+        one: dict[str, Any] = {k: v[:1] if isinstance(v, Tensor) else v for k, v in given.items()}
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        with torch.no_grad():
+            wanted = self.module(**one)["logits"]
+            found = self.head_layer()(self._states(one))
+        for module, mode in modes.items():
+            module.training = mode
+        if wanted.shape != found.shape or not torch.allclose(wanted, found, atol=1e-3, rtol=1e-3):
+            raise ModelError(
+                f"{type(self.module).__name__} does more between hidden states and logits than its "
+                "head does (a scale, a soft cap): losses in pieces do not fit it; take its logits"
+            )
+        self._plain_head = True
+
+
+def head_size(module: nn.Module) -> int | None:
+    """Number of logits of a causal language model, where it says so."""
+    layer = getattr(module, "get_output_embeddings", lambda: None)()
+    if isinstance(layer, nn.Linear):
+        return int(layer.weight.shape[0])
+    found = getattr(getattr(module, "config", None), "vocab_size", None)
+    return int(found) if isinstance(found, int) else None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "language", "for causal language models") from error
+    return transformers
