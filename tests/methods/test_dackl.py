@@ -22,7 +22,7 @@ from torch import nn
 from stillhouse import catalogue
 from stillhouse.batch import Batch, read_block
 from stillhouse.clock import Clock, Views
-from stillhouse.errors import ModelError, RecipeError, StillhouseError, TeacherError
+from stillhouse.errors import ModelError, RecipeError, TeacherError
 from stillhouse.launch import open_job, run
 from stillhouse.losses.clipped_kl import (
     band_features,
@@ -35,7 +35,7 @@ from stillhouse.losses.logits import kl, total_variation
 from stillhouse.losses.spans import DISTANCES, pairs_of, span_product
 from stillhouse.opening import open_artifact
 from stillhouse.parts.adaptive_replay import AdaptiveThreshold, choose_branch, fresh_share
-from stillhouse.parts.band import Band, quantiles
+from stillhouse.parts.band import quantiles
 from stillhouse.parts.disputed_token import corrected_prefix, disputed_token
 from stillhouse.parts.own_text import Replay
 from stillhouse.parts.token_rows import next_tokens, predicting
