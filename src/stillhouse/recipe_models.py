@@ -29,6 +29,7 @@ from stillhouse.net import Net
 from stillhouse.recipe import (
     ModelSpec,
     Recipe,
+    StoreSpec,
     TeacherSpec,
     settings_of,
 )
@@ -149,9 +150,7 @@ class RecipeModels:
                 "add teacher: {model: ..., weights: ...} or another source of knowledge"
             )
         if spec is not None and spec.store is not None and spec.source != "store":
-            from stillhouse.stages.capture import captured
-
-            teacher = captured(job, teacher, spec.store)
+            teacher = _kept(job, teacher, spec.store)
         return teacher
 
     def _handed_in(self, job: Job, given: nn.Module | Teacher) -> Teacher:
@@ -181,9 +180,11 @@ class RecipeModels:
             return self._nested(job, spec)
         if spec.source == "store":
             from stillhouse.teachers.stored import Stored
+            from stillhouse.teachers.stored_tokens import StoredTokens
 
             assert spec.store is not None
-            return Stored(Path(str(spec.store.path)))
+            kind = StoredTokens if job.task.ragged else Stored
+            return kind(Path(str(spec.store.path)))
         if spec.source == "callable":
             from stillhouse.teachers.function import import_callable
 
@@ -287,9 +288,7 @@ class RecipeModels:
         """A network made in this run as its teacher; see `Job.teaching`."""
         teacher, spec = self._live(job, net), self.recipe.teacher
         if spec is not None and spec.store is not None and spec.source != "store":
-            from stillhouse.stages.capture import captured
-
-            return captured(job, teacher, spec.store)
+            return _kept(job, teacher, spec.store)
         return teacher
 
     def _check_classes(self, job: Job, artifact: Artifact, where: str) -> None:
@@ -369,7 +368,10 @@ class RecipeModels:
             spec, given = self.recipe.teacher, self.given.teacher
         model = self._built.get(role, {})
         if given is None and spec is not None and spec.model is not None:
-            model = {"id": spec.model, "options": spec.options, "taps": spec.taps}
+            # What served the training alone is not in the model that comes out.
+            gone = getattr(net.module, "training_options", ())
+            options = {key: value for key, value in spec.options.items() if key not in gone}
+            model = {"id": spec.model, "options": options, "taps": spec.taps}
         changes = alterations_of(net.module)
         if changes:
             model = {**model, "altered": [*model.get("altered", ()), *changes]}
@@ -383,6 +385,17 @@ class RecipeModels:
                 "data": job.splits.edition,
             },
         )
+
+
+def _kept(job: Job, teacher: Teacher, spec: StoreSpec) -> Teacher:
+    """The teacher whose answers are kept on disk: a record a row, or a token of one."""
+    if job.task.ragged:
+        from stillhouse.stages.capture_tokens import CapturedTokens
+
+        return CapturedTokens(job, teacher, spec)
+    from stillhouse.stages.capture import captured
+
+    return captured(job, teacher, spec)
 
 
 KNOWS_NOTHING = (

@@ -49,6 +49,7 @@ class Task:
         main_metric: the figure by which models are chosen and claims are judged.
         higher_is_better: the sense of `main_metric`.
         evaluation_batch: rows read at once while a split is judged.
+        ragged: rows differ in length, so a store keeps what a teacher says of them by position.
         class_axis: where the classes lie in the logits: last, or second in maps (B, K, h, w).
     """
 
@@ -57,6 +58,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     evaluation_batch: ClassVar[int] = 256
     class_axis: ClassVar[int] = -1
+    ragged: ClassVar[bool] = False
 
     def __init__(self, splits: Splits) -> None:
         self.splits = splits

@@ -14,6 +14,7 @@ has no gradient. The factor :math:`T^2` keeps the gradient's size when the tempe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -53,7 +54,9 @@ class KDObjective(Objective):
     def __init__(self, student: Net, task: Task, config: KD.Config) -> None:
         super().__init__(student)
         self._view = student.view
-        self._loss, self._items = task.loss, task.items
+        self._loss = task.loss
+        # A task of one's own may know of a loss only.
+        self._items: Callable[[Batch], Tensor | None] = getattr(task, "items", _all)
         self.config = config
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
@@ -109,6 +112,10 @@ class KDObjective(Objective):
             mask=valid,
             scale=False,
         )
+
+
+def _all(batch: Batch) -> None:
+    return None
 
 
 def _only(

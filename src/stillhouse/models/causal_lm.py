@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import MissingExtra, ModelError
+from stillhouse.errors import MissingExtra, ModelError, nearest
 from stillhouse.net import Net
 from stillhouse.parts.text_sampler import cache_name, takes
 from stillhouse.parts.text_tokens import TextTokens
@@ -274,6 +276,149 @@ def head_size(module: nn.Module) -> int | None:
         return int(layer.weight.shape[0])
     found = getattr(getattr(module, "config", None), "vocab_size", None)
     return int(found) if isinstance(found, int) else None
+
+
+# Options of models of transformers -----------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters beside frozen weights (Hu et al. 2022), by PEFT.
+
+    Attributes:
+        r: rank.
+        alpha: the adapters' output is multiplied by alpha / r.
+        targets: names of the linear layers that get one; None for PEFT's own choice for the
+            kind of model.
+        dropout: of the adapters' input.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+
+
+def config_options(model: str, config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with `layers` said in the configuration's own terms.
+
+    Args:
+        model: for messages.
+        config: of the whole model.
+        options: `layers`, the first so many of the model; others are left as they are.
+
+    Raises:
+        ModelError: the model has not so many layers.
+    """
+    found = dict(options)
+    wanted = found.pop("layers", None)
+    if wanted is None:
+        return found
+    there = getattr(config, "num_hidden_layers", None)
+    if there is None:
+        raise ModelError(f"{model} does not say how many layers it has: leave out layers")
+    if not isinstance(wanted, int) or not 1 <= wanted <= there:
+        raise ModelError(f"{model} has {there} layers; layers: {wanted} is no number up to that")
+    found["num_hidden_layers"] = wanted
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        found["layer_types"] = list(kinds)[:wanted]
+    return found
+
+
+def data_options(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the data says of a model with fresh weights: its vocabulary and end token."""
+    end = about.get("facts", {}).get("end")
+    if "vocabulary" not in about or end is None:
+        return {}
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    return {"vocab_size": about["vocabulary"], **ids}
+
+
+def arranged(
+    module: nn.Module, model: str, *, lora: Any = None, dtype: str | None = None
+) -> nn.Module:
+    """A model of transformers in another number format, and with adapters.
+
+    Args:
+        module: as loaded.
+        model: for messages.
+        lora: fields of `LoRA`; only the adapters are trained then, and what is exported is the
+            model with them merged in.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ModelError: an unknown number format or field, or no layer of these names.
+        MissingExtra: peft is not installed.
+    """
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ModelError(f"{model}: no dtype is called '{dtype}'{nearest(str(dtype), DTYPES)}")
+        module.to(DTYPES[dtype])
+    return module if lora is None else _with_adapters(module, model, _lora(model, lora))
+
+
+def _lora(model: str, given: Any) -> LoRA:
+    names = [field.name for field in fields(LoRA)]
+    told = dict(given) if isinstance(given, Mapping) else {"": given}
+    unknown = [key for key in told if key not in names]
+    if unknown:
+        raise ModelError(
+            f"{model}: lora takes {', '.join(names)}, not '{unknown[0] or given}'"
+            f"{nearest(str(unknown[0]), names)}"
+        )
+    targets = told.get("targets")
+    if targets is not None:
+        told["targets"] = (targets,) if isinstance(targets, str) else tuple(map(str, targets))
+    made = LoRA(**told)
+    if made.r < 1 or made.alpha <= 0 or not 0 <= made.dropout < 1:
+        raise ModelError(f"{model}: lora needs r >= 1, alpha > 0 and dropout in [0, 1): {made}")
+    return made
+
+
+def _with_adapters(module: nn.Module, model: str, lora: LoRA) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtra("peft", "language", "for adapters (lora)") from error
+    crosswise = any(type(m).__name__ == "Conv1D" for m in module.modules())  # GPT-2's layers
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=None if lora.targets is None else list(lora.targets),
+        fan_in_fan_out=crosswise,
+    )
+    place = getattr(module, "tokenizer_at", None)
+    try:
+        made: Any = peft.get_peft_model(module, config)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, m in module.named_modules()
+            if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+        }
+        raise ModelError(
+            f"{model}: no adapter can be placed with lora.targets {lora.targets}; its layers are "
+            f"called {', '.join(sorted(linear))}"
+        ) from error
+    made.tokenizer_at = place
+    made.training_options = ("lora",)
+    made.train()
+    return made  # type: ignore[no-any-return]
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """The model with its adapters added to the weights, as a copy; itself without any."""
+    if not hasattr(module, "merge_and_unload"):
+        return module
+    copied: Any = copy.deepcopy(module)
+    plain: nn.Module = copied.merge_and_unload()
+    plain.requires_grad_(True)
+    return plain
 
 
 def _transformers() -> Any:

@@ -77,7 +77,8 @@ def load_model(
             images; `trust_remote_code: true` lets a Hugging Face model run its own code; and
             for `hf:`, `task` is one of `HF_TASKS`, or "zero-shot-image-classification", which
             makes a classifier of a CLIP model and prompts of the data's class names
-            (`models/clip_classifier.py` has its options, such as `templates`).
+            (`models/clip_classifier.py` has its options, such as `templates`). Causal language
+            models take `layers` (the first so many), `dtype` and `lora` (`models/causal_lm.py`).
         weights: None for a fresh start; "pretrained" for those the library publishes under
             the id (torchvision: also their own name, IMAGENET1K_V1); "data:PATH" for a file
             below a data root; else a .safetensors or .pth file, or a folder that holds one.
@@ -402,9 +403,19 @@ def _hugging_face(
     head = auto is not transformers.AutoModel
     place = _hf_place(name)
     config = _hf_config(name, place, weights, trust, {})
+    language = auto is transformers.AutoModelForCausalLM
+    lora, dtype = None, None
+    if language:
+        from stillhouse.models import causal_lm
+
+        lora, dtype = options.pop("lora", None), options.pop("dtype", None)
+        options = causal_lm.config_options(model, config, options)
+        if isinstance(place, str) and weights is None:
+            options = {**causal_lm.data_options(about), **options}
     known = {*config.to_dict(), *config.attribute_map, "num_labels"}
     unknown = [key for key in options if key not in known]
     if unknown:
+        known |= {"layers", "lora", "dtype"} if language else set()
         raise ModelError(f"{model} has no option '{unknown[0]}'{nearest(unknown[0], known)}")
     if head and "LM" not in auto.__name__ and "num_labels" not in options:
         options = {**_labels(about), **options}
@@ -415,6 +426,10 @@ def _hugging_face(
     else:
         built = _built(model, lambda: auto.from_config(config, trust_remote_code=trust))
         module = _with_weights(built, weights, model)
+    if language:
+        if weights == PRETRAINED:
+            module.tokenizer_at = str(place)  # type: ignore[assignment]
+        module = causal_lm.arranged(module, model, lora=lora, dtype=dtype)
     if isinstance(place, Path):
         seen = _json(place / "preprocessor_config.json")
         _take_normalisation(module, seen.get("image_mean"), seen.get("image_std"))
@@ -474,6 +489,8 @@ def _hf_task(options: dict[str, Any], about: Mapping[str, Any]) -> str:
         if "ignore" in about:  # a class for every pixel
             classifier = "semantic-segmentation"
         task = classifier if "classes" in about else "encoder"
+        if "tokenizer" in about:  # rows are prompts and responses as tokens
+            task = "causal-lm"
     if task not in HF_TASKS:
         known = [*HF_TASKS, ZERO_SHOT]
         raise ModelError(f"hf: models have no task '{task}'{nearest(str(task), known)}")

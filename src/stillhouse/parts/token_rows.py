@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -180,3 +182,41 @@ def padded(
     tokens[mask] = torch.cat([row.long().cpu() for row in rows])
     device = rows[0].device
     return tokens.to(device), mask.to(device)
+
+
+# What a position depends on ------------------------------------------------------------------
+
+
+def prefix_keys(tokens: Tensor, mask: Tensor) -> Tensor:
+    """A 63-bit number of every position's prefix, which is all that its logits depend on.
+
+    Equal prefixes have equal numbers in whatever row and behind whatever padding, so what a
+    causal model says of a text is kept once for all texts that begin alike.
+
+    Args:
+        tokens: (B, L) int64.
+        mask: (B, L) bool, what is no padding; it stands in front or behind.
+
+    Returns:
+        (B, L) int64 >= 0 on the CPU; of no meaning at padding.
+    """
+    ids, there = tokens.cpu().numpy().astype(np.uint64), mask.cpu().numpy().astype(bool)
+    with np.errstate(over="ignore"):
+        # A polynomial in an odd number whose coefficients are the mixed tokens: its partial sums.
+        powers = np.cumprod(np.full(ids.shape[1] + 1, _ODD, dtype=np.uint64))
+        terms = np.where(there, _mixed(ids + np.uint64(1)), np.uint64(0))
+        place = np.maximum(there.cumsum(1) - 1, 0)
+        summed = (terms * powers[place]).cumsum(1, dtype=np.uint64)
+        keys = _mixed(summed + place.astype(np.uint64) * _ODD) >> np.uint64(1)
+    return torch.from_numpy(keys.astype(np.int64))
+
+
+_ODD = np.uint64(0xD1B54A32D192ED03)
+
+
+def _mixed(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser (Steele et al. 2014)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return mixed

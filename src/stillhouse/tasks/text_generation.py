@@ -18,7 +18,7 @@ from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.text_overlap import overlap
 from stillhouse.metrics.token_loss import TokenLoss
-from stillhouse.models.causal_lm import LanguageNet, Vocabulary, head_size
+from stillhouse.models.causal_lm import LanguageNet, Vocabulary, head_size, merged
 from stillhouse.net import Net, Output
 from stillhouse.parts.text_sampler import TextSampler, context_of
 from stillhouse.parts.text_tokens import TextTokens, load_tokenizer, refuse_other_tokens
@@ -44,6 +44,7 @@ class TextGeneration(Task):
     name: ClassVar[str] = "text-generation"
     main_metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
+    ragged: ClassVar[bool] = True
 
     def __init__(self, splits: Splits) -> None:
         super().__init__(splits)
@@ -255,7 +256,10 @@ class TextGeneration(Task):
         return {"tables": [table]}
 
     def predictor(self, net: Net) -> Predictor:
-        """Answers to prompts."""
+        """Answers to prompts; adapters are merged into the weights."""
+        plain = merged(net.module)
+        if plain is not net.module:
+            net = LanguageNet(plain, shared=self.vocabulary)
         settings = {"tokens": self.tokens.settings(), "new_tokens": self.new_tokens}
         return TextWriter(net, settings)
 
