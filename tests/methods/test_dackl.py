@@ -22,7 +22,7 @@ from torch import nn
 from stillhouse import catalogue
 from stillhouse.batch import Batch, read_block
 from stillhouse.clock import Clock, Views
-from stillhouse.errors import ModelError, RecipeError, TeacherError
+from stillhouse.errors import ModelError, RecipeError, StillhouseError, TeacherError
 from stillhouse.launch import open_job, run
 from stillhouse.losses.clipped_kl import (
     band_features,
@@ -40,7 +40,7 @@ from stillhouse.parts.disputed_token import corrected_prefix, disputed_token
 from stillhouse.parts.own_text import Replay
 from stillhouse.parts.token_rows import next_tokens, predicting
 from stillhouse.recipe import load_recipe
-from stillhouse.recipe_models import open_method
+from stillhouse.recipe_models import Given, open_method
 from stillhouse.teacher import Knowledge, TopK
 from stillhouse.teachers.live import Live
 
@@ -559,13 +559,112 @@ def test_kept_classes_serve_where_the_band_lies_within_them(tmp_path, chunk):
     objective.eval()
     batch = objective.prepare(batch, Clock())
     logits = 3 * teacher.net(batch["tokens"])["logits"].detach()
-    objective.pieces = False
+    objective.pieces = False  # as with a store
     dense = objective(batch, Knowledge({"logits": logits}), Clock())
     stored = objective(batch, Knowledge({"logits": kept_of(logits, logits.shape[-1] - 8)}), Clock())
-    torch.testing.assert_close(stored["dac"], dense["dac"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(stored["dac"], dense["dac"], rtol=1e-2, atol=1e-5)
     torch.testing.assert_close(stored["span"], dense["span"], rtol=1e-2, atol=1e-5)
     with pytest.raises(ModelError, match="set k to 2"):
         objective(batch, Knowledge({"logits": kept_of(logits, 2)}), Clock())
+
+
+# ----------------------------------------------------------------------------- real classes
+def small_llama(vocabulary: int, layers: int = 1, width: int = 16, seed: int = 0) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def with_models(tmp_path: Path, student, teacher, **changes: Any):
+    spec = {**DACKL.example(0), "compare": [], **changes}
+    spec["student"] = {"model": "given"}
+    spec["teacher"] = {"model": "given"}
+    spec["budget"] = {**spec["budget"], "steps": 3}
+    given = Given(student=student, teacher=teacher)
+    return run(load_recipe(spec), folder=tmp_path, given=given, progress=False)
+
+
+def words_of_the_example(tmp_path: Path) -> int:
+    return opened(tmp_path / "words", **GIVEN)[0].task.tokens.size
+
+
+@pytest.mark.parametrize("chunk", [0, 6])
+def test_llamas_with_heads_padded_differently_are_sliced_to_what_both_have(tmp_path, chunk):
+    size = words_of_the_example(tmp_path)
+    student, teacher = small_llama(size + 3), small_llama(size + 12, layers=2, seed=1)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    settings = {**DACKL.example(0)["settings"], "chunk": chunk}
+    result = with_models(tmp_path / "run", student, teacher, settings=settings)
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    (kind,) = {type(m).__name__ for m in [result.artifact.module.module]}
+    assert kind == "LlamaForCausalLM"
+    assert sum(row[4] for row in result.artifact.meta["texts"]) > 0
+
+
+def test_a_vocabulary_too_small_for_the_data_is_refused(tmp_path):
+    size = words_of_the_example(tmp_path)
+    student, teacher = small_llama(size), small_llama(size - 6)
+    with pytest.raises(ModelError, match="made for another tokenizer"):
+        with_models(tmp_path / "run", student, teacher)
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+def test_models_of_another_tokenizer_are_refused(tmp_path):
+    """Two artifacts of other words: the ids of the teacher mean other strings."""
+    other = DACKL.example(0)
+    other["data"] = {"name": "generated_prompts", "options": {"prompts": 24, "least": 2}}
+    run(load_recipe({**other, "compare": []}), folder=tmp_path / "other", progress=False)
+    spec = {**DACKL.example(0), "compare": [], "teacher": {"artifact": str(tmp_path / "other")}}
+    with pytest.raises(StillhouseError, match=r"another tokenizer|token ids"):
+        run(load_recipe(spec), folder=tmp_path / "run", progress=False)
+
+
+def test_only_the_adapters_of_a_lora_student_are_trained(tmp_path):
+    pytest.importorskip("peft")
+    size = words_of_the_example(tmp_path)
+    folder = tmp_path / "llama"
+    small_llama(size).save_pretrained(folder)
+    spec = {**DACKL.example(0), "compare": []}
+    spec["student"] = {
+        "model": f"hf:{folder}", "options": {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}}
+    }  # fmt: skip
+    recipe = load_recipe(spec)
+    job, method = open_job(recipe, tmp_path / "job"), open_method(recipe)
+    teacher = job.teacher()
+    objective = method.objective(job, job.student(), teacher)
+    teacher.bind(objective.wants, job.task)
+    trained = [n for n, p in objective.named_parameters() if p.requires_grad]
+    assert all(n.startswith("band.") or "lora_" in n for n in trained)
+    result = run(recipe, folder=tmp_path / "run", progress=False)
+    weights = result.artifact.module.module.state_dict()
+    start = small_llama(size).state_dict()
+    moved = {k for k in start if not torch.equal(start[k], weights[k])}
+    assert moved == {k for k in start if "q_proj" in k or "v_proj" in k}
+
+
+def test_a_store_of_given_text_beside_the_model_gives_the_same_training(tmp_path, monkeypatch):
+    """A cascade: given text from the store, text just written from the model."""
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    results = []
+    for store in (None, {"form": "dense", "dtype": "float32"}):
+        spec = {**DACKL.example(0), "compare": []}
+        spec["settings"] = {**spec["settings"], "init_threshold": 0.5}
+        spec["budget"] = {**spec["budget"], "steps": 8}
+        if store:
+            spec["teacher"] = {**spec["teacher"], "store": store}
+        result = run(load_recipe(spec), folder=tmp_path / str(bool(store)), progress=False)
+        results.append(result.artifact)
+    texts = [sum(column) for column in zip(*results[0].meta["texts"])]
+    assert texts[1] > 0
+    assert texts[0] - texts[1] - texts[2] > 0  # steps on given text
+    one, other = (a.module.state_dict() for a in results)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------- runs

@@ -67,6 +67,7 @@ from stillhouse.parts.token_rows import next_tokens, predicting
 from stillhouse.stages.supervised import Supervised
 from stillhouse.tasks.text_generation import asked_once
 from stillhouse.teacher import Frozen, Knowledge, TopK, Want
+from stillhouse.teachers.live import Live
 
 ROWS = ("tokens", "attention_mask", "response_mask")
 _PERIODS = 10  # parts of the training that the report tells apart
@@ -127,11 +128,12 @@ class DACKLObjective(Objective):
         self.band = band
         self.distils = config.w_dac > 0 or config.w_span > 0
         self.writes = self.distils and config.text != "given"
-        stored = teacher is not None and "fresh" not in teacher.provides
-        self.pieces = config.chunk > 0 and not stored
+        # From hidden states, where there is no store of what the teacher says.
+        self.pieces = config.chunk > 0 and isinstance(teacher, Live)
         # It is no module of the objective: neither trained nor saved with it.
-        asked = self.distils and (self.writes or self.pieces)
-        self._guest: Frozen | None = teacher.guest() if asked and teacher is not None else None
+        self._teacher: Any = teacher if self.writes or (self.distils and self.pieces) else None
+        if self._teacher is not None and "fresh" not in self._teacher.provides:
+            self._teacher.guest()  # says why it cannot
         self.wants = tuple(
             want
             for want, needed in (
@@ -210,14 +212,12 @@ class DACKLObjective(Objective):
     def _instead(self, batch: Batch, rows: Batch) -> Batch:
         """The batch with other text to match on; the given one stays for its own loss."""
         truth = Batch({name: batch[name] for name in ("id", *ROWS)})
-        fresh = torch.ones(batch.size, dtype=torch.bool, device=rows["tokens"].device)
-        return Batch(batch, **{name: rows[name] for name in ROWS}, truth=truth, fresh=fresh)
+        return Batch(batch, **{name: rows[name] for name in ROWS}, truth=truth)
 
     def disagreement(self, rows: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """KL(p || q) at each place (B, L), and the teacher's likeliest token there (B, L)."""
-        assert self._guest is not None
         at = predicting(rows["response_mask"])
-        teacher: Any = self._guest.module
+        teacher: Any = self._teacher.guest().module
         with torch.no_grad(), _judging(self.student):
             if self.pieces:
                 ours, theirs = (net.hidden(rows["tokens"])[at] for net in (self.student, teacher))
@@ -343,8 +343,7 @@ class DACKLObjective(Objective):
     def _teaching(self, batch: Batch, knowledge: Knowledge, at: Tensor) -> Teaching:
         """What the teacher says at the places `at`: logits, a store's classes, or hidden states."""
         if self.pieces:
-            assert self._guest is not None
-            teacher: Any = self._guest.module
+            teacher: Any = self._teacher.guest().module
             with torch.no_grad():
                 hidden = teacher.hidden(batch["tokens"])[at]
             head = self._head(teacher)
@@ -354,8 +353,8 @@ class DACKLObjective(Objective):
             temperature = said.temperature
             rows = (said.ids[at], said.logp[at], said.rest[at])
             return Teaching(rows, lambda ids, logp, rest: TopK(ids, logp, rest, temperature))
-        width = self.student.vocabulary or said.shape[-1]
-        return Teaching((knowledge.tensor("logits")[at][..., :width],), lambda logits: logits)
+        logits = knowledge.tensor("logits")[at]
+        return Teaching((logits[..., : self.student.vocabulary],), lambda logits: logits)
 
     def _tokens(self, states: Tensor, targets: Tensor, teaching: Teaching, clock: Clock) -> Tensor:
         """The token loss, with the penalty that keeps the band from shrinking."""
@@ -485,7 +484,7 @@ class DACKLObjective(Objective):
 
     def guests(self) -> Iterator[Frozen]:
         """The teacher, where it is asked about text that was just written."""
-        return iter(()) if self._guest is None else iter((self._guest,))
+        return iter(()) if self._teacher is None else iter((self._teacher.guest(),))
 
 
 _DIRECTIONS: dict[str, Any] = {
@@ -879,6 +878,8 @@ class DACKL(StudentTraining):
                 1, steps_of(order, None, None, job.budget) // config.evaluations
             )
         asked = teacher if objective.wants and not objective.pieces else None
+        if objective.pieces:
+            teacher.bind(objective.wants, job.task)  # asked by the objective itself
         job.fit("student", objective, order, teacher=asked, **given)
         shown = (
             job.once("corrections", lambda: corrections(job, objective)) if objective.writes else []
