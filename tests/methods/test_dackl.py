@@ -629,7 +629,8 @@ def test_only_the_adapters_of_a_lora_student_are_trained(tmp_path):
     small_llama(size).save_pretrained(folder)
     spec = {**DACKL.example(0), "compare": []}
     spec["student"] = {
-        "model": f"hf:{folder}", "weights": "pretrained", "options": {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}}
+        "model": f"hf:{folder}", "weights": "pretrained",
+        "options": {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}},
     }  # fmt: skip
     recipe = load_recipe(spec)
     job, method = open_job(recipe, tmp_path / "job"), open_method(recipe)
