@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
+from stillhouse._version import __version__
 from stillhouse.artifact import Artifact
 from stillhouse.batch import Batch, Shuffled, read_rows
 from stillhouse.clock import Clock
@@ -64,6 +65,7 @@ from stillhouse.parts.band import Band
 from stillhouse.parts.own_text import Replay, revised, written
 from stillhouse.parts.phrases import Chunker, located, phrases, token_intervals
 from stillhouse.parts.token_rows import next_tokens, predicting
+from stillhouse.recipe import GIVEN
 from stillhouse.stages.supervised import Supervised
 from stillhouse.tasks.text_generation import asked_once
 from stillhouse.teacher import Frozen, Knowledge, TopK, Want
@@ -878,7 +880,7 @@ class DACKL(StudentTraining):
                 1, steps_of(order, None, None, job.budget) // config.evaluations
             )
         asked = teacher if objective.wants and not objective.pieces else None
-        if objective.pieces:
+        if teacher is not None and objective.pieces:
             teacher.bind(objective.wants, job.task)  # asked by the objective itself
         job.fit("student", objective, order, teacher=asked, **given)
         shown = (
@@ -895,8 +897,10 @@ class DACKL(StudentTraining):
         """The student's own training on given responses; its validation loss after it."""
         epochs = self.config.sft_epochs
         if epochs > 0:
-            order = self.order(job)
-            job.fit("sft", Supervised(student, job.task), order, epochs=epochs)
+            supervised = Supervised(student, job.task)
+            job.fit(
+                "sft", supervised, self.order(job), epochs=epochs, share=shared_start(job, epochs)
+            )
         if "val" not in job.splits:
             return None
         return float(job.evaluate(student, "val")["loss"])
@@ -948,6 +952,27 @@ class DACKL(StudentTraining):
             "budget": {"steps": 6, "batch": 4, "lr": 0.01},
             "seed": seed,
         }  # fmt: skip
+
+
+def shared_start(job: Any, epochs: float) -> dict[str, Any] | None:
+    """What the student's start depends on: all sides of a comparison then begin with one.
+
+    None where the student was handed in as an object, which has no name.
+    """
+    spec = job.recipe.student
+    if spec is None or spec.model is None or spec.model == GIVEN:
+        return None
+    return {
+        "path": job.path,  # the initial weights are drawn by it
+        "model": [spec.model, spec.options, spec.weights],
+        "budget": job.budget.model_dump(exclude={"epochs", "steps"}),
+        "epochs": epochs,
+        "data": job.splits["train"].fingerprint,
+        "vocabulary": job.task.vocabulary.size,
+        "precision": job.hardware.precision,
+        "seed": job.seed,
+        "version": __version__,
+    }
 
 
 def answered(job: Any, answers: list[str]) -> PromptRows:
