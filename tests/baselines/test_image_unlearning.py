@@ -102,3 +102,35 @@ def test_steps_are_counted(tmp_path):
     result = run(recipe_of("ddim", settings={"steps": 3}), folder=tmp_path, progress=False)
     assert result.sides["distilled"]["0"]["nfe"] == 3.0
     assert result.artifact.predictor.settings["sampler"]["steps"] == 3
+
+
+@pytest.mark.parametrize(("mode", "shown"), [("swap", 2), ("ascent", 1)])
+def test_the_forgotten_number_is_shown_other_images_or_pushed_from_its_own(mode, shown):
+    entry: Any = catalogue.load("label-swap")
+    module = __import__(entry.__module__, fromlist=["Against"])
+    config = entry.Config(forget=1, mode=mode)
+    net, asked = unet(3), []
+    inner = net.module.forward
+    net.module.forward = lambda noisy, time, condition: (
+        asked.extend(condition.tolist()) or inner(noisy, time, condition)
+    )
+    objective = module.Against(net, config, 2)
+    target = torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    batch = Batch(id=torch.arange(7), x=torch.rand(7, 1, 4, 4), target=target)
+    terms = objective(batch, Knowledge.none, Clock())
+    stay, rows = objective.rows(batch)
+    assert (target[stay] != 1).all()
+    assert (target[rows] == shown).all()
+    assert asked == [*target[stay].tolist(), 1, 1]
+    assert objective.count(batch) == {"keep": 5, "forget": 2}
+    assert float(terms["keep"].detach()) > 0
+    assert (float(terms["forget"].detach()) < 0) == (mode == "ascent")
+
+
+def test_a_batch_without_the_class_still_keeps_the_others(tmp_path):
+    entry: Any = catalogue.load("label-swap")
+    module = __import__(entry.__module__, fromlist=["Against"])
+    objective = module.Against(unet(3), entry.Config(forget=1), 2)
+    batch = Batch(id=torch.arange(3), x=torch.rand(3, 1, 4, 4), target=torch.zeros(3).long())
+    assert objective.count(batch) == {"keep": 3, "forget": 0}
+    assert torch.isfinite(objective(batch, Knowledge.none, Clock())["keep"])

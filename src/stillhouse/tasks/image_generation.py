@@ -30,8 +30,8 @@ from stillhouse.parts.noise import NoiseSchedule, Predict, Sampler
 from stillhouse.task import Metric, Task
 from stillhouse.teacher import Knowledge
 
-# Of the classifier that judges: its blocks, epochs, batch and learning rate.
-_WIDTHS, _EPOCHS, _BATCH, _RATE = (32, 64), 25, 64, 3e-3
+# Of the classifier that judges: its blocks, epochs and most steps, batch and learning rate.
+_WIDTHS, _EPOCHS, _MOST, _BATCH, _RATE = (32, 64), 25, 1500, 64, 3e-3
 
 
 class NoiseNet(Net):
@@ -229,15 +229,16 @@ def _trained_classifier(job: Any) -> Net:
         "path": job.path,
         "data": job.splits[split].fingerprint,
         "classes": task.classes,
-        "settings": [_WIDTHS, _EPOCHS, _BATCH, _RATE],
+        "settings": [_WIDTHS, _EPOCHS, _MOST, _BATCH, _RATE],
         "seed": job.seed,
         "version": __version__,
     }
+    order = Shuffled(job.splits[split], _BATCH, collate=task.collate)
     job.fit(
         "classifier",
         _Recognition(net),
-        Shuffled(job.splits[split], _BATCH, collate=task.collate),
-        epochs=_EPOCHS,
+        order,
+        steps=min(_EPOCHS * len(order), _MOST),
         optim=partial(torch.optim.Adam, lr=_RATE),
         schedule=lambda clock: 1.0 - clock.progress,
         share=share,

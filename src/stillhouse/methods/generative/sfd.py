@@ -79,8 +79,6 @@ from stillhouse.tasks.image_generation import (
 )
 from stillhouse.teacher import Frozen, Knowledge
 
-Override = Literal["fixed", "random", "classifier", "classifier-sample"]
-
 
 class Drawn(NamedTuple):
     """What a turn draws: labels (n,), generator noise and added noise (n, C, H, W), times (n,).
@@ -351,7 +349,7 @@ class Sfd(Method):
             description="the class c_f to forget, by its number",
             json_schema_extra={"source": "code: README, config"},
         )
-        override: Override = Field(
+        override: Literal["fixed", "random", "classifier", "classifier-sample"] = Field(
             "fixed",
             description="the class c_o that takes its place: fixed (override_class); random, "
             "another one for each image; classifier, the one that a classifier of real images "
