@@ -24,7 +24,7 @@ bench: models
 # What the methods reach: hours, not minutes. ONLY="kd dhkd" for some.
 bench-methods: .venv/test.stamp
 	for id in $(or $(ONLY),kd dhkd datadam imdn llmlingua2 mcmi lelp dho ncfm datm fedlgd \
-		bpkd lpld unidistill ffg2m leaf comodo); do \
+		bpkd lpld unidistill ffg2m leaf comodo dackl sfd); do \
 		$(STILLHOUSE) bench $$id --seeds 3 || exit 1; \
 	done
 
