@@ -68,6 +68,7 @@ class CausalLM(nn.Module):
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=0.0,  # else the fused attention is not taken
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own function, computed in one pass
             bos_token_id=end,
             eos_token_id=end,
             # Left out: rows are padded on the right, where no mask is needed and none is missed.
