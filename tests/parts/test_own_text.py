@@ -7,7 +7,9 @@ import torch
 
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.parts.adaptive_replay import AdaptiveThreshold, choose_branch, fresh_share
+from stillhouse.parts.band import Band, quantiles
 from stillhouse.parts.disputed_token import corrected_prefix, disputed_token
+from stillhouse.parts.own_text import Replay, cut
 from stillhouse.parts.phrases import located, phrases, token_intervals
 
 
@@ -132,3 +134,52 @@ def test_tokens_are_located_in_the_text_they_make():
     told = ["The", "vaul", "ts", "", "pub", ",", "", "3", ".", "5", "-", "star", "."]
     assert [text[a:b] for a, b in found] == told
     assert located(["x", "The"], text)[1] == (0, 3)
+
+
+# ------------------------------------------------------------------- the band, rows that are kept
+def test_every_item_begins_with_the_same_wide_band():
+    torch.manual_seed(0)
+    band = Band(6, hidden=4, start=(0.05, 0.9))
+    lower, upper = band(torch.randn(7, 6))
+    torch.testing.assert_close(lower, torch.full((7,), 0.05))
+    torch.testing.assert_close(upper, torch.full((7,), 0.9))
+    (lower.sum() + upper.sum()).backward()
+    assert band.outer.weight.grad.abs().sum() > 0
+    low, high = quantiles(torch.randn(100, 2) * 10)
+    assert bool((low <= high).all())
+    assert bool((low >= 0).all())
+    assert bool((high <= 1).all())
+    with pytest.raises(RecipeError, match="lower below upper"):
+        Band(6, start=(0.9, 0.1))
+
+
+def rows_of(lengths: list[int], said: list[int], start: int = 10) -> dict[str, torch.Tensor]:
+    width = max(lengths)
+    places = torch.arange(width)[None]
+    there = places < torch.tensor(lengths)[:, None]
+    answer = there & (places >= torch.tensor(lengths)[:, None] - torch.tensor(said)[:, None])
+    tokens = (start + torch.arange(len(lengths))[:, None] * 20 + places).masked_fill(~there, 0)
+    return {"tokens": tokens, "attention_mask": there, "response_mask": answer}
+
+
+def test_rows_come_back_from_the_buffer_as_they_went_in():
+    replay, rows = Replay(4, longest=9), rows_of([5, 7, 3], [2, 4, 1])
+    replay.push(**replay.kept(rows))
+    assert not replay.full
+    drawn = replay.drawn(3, torch.Generator().manual_seed(0))
+    order = drawn["tokens"][:, 0].argsort()
+    for name, value in rows.items():
+        assert torch.equal(drawn[name][order], value)
+    again = replay.drawn(3, torch.Generator().manual_seed(0))
+    assert torch.equal(again["tokens"], drawn["tokens"])
+    assert len(replay.drawn(8, torch.Generator().manual_seed(1))["tokens"]) == 8
+
+
+def test_rows_that_are_too_long_lose_their_end():
+    rows = rows_of([8, 4], [5, 2])
+    found = cut(rows, longest=6, said=9, padding=0)
+    assert found["tokens"].shape == (2, 6)
+    assert found["response_mask"].sum(1).tolist() == [3, 2]
+    found = cut(rows, longest=20, said=1, padding=0)
+    assert found["response_mask"].sum(1).tolist() == [1, 1]
+    assert found["attention_mask"].sum(1).tolist() == [4, 3]

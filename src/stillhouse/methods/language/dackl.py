@@ -867,18 +867,17 @@ class DACKL(StudentTraining):
         teacher = job.teacher() if self.wants_teacher() else None
         student = job.student()
         job.task.check(student, None)
-        before = self._start(job, student)
+        self._start(job, student)
         order = self.order(job)
         if config.responses == "teacher":
             order = self._answered(job, teacher)
         objective = self.objective(job, student, teacher)
         assert isinstance(objective, DACKLObjective)
         given = self.training(job)
-        if before is not None:
-            objective.phi.observe(before)
-            given["validate_every"] = max(
-                1, steps_of(order, None, None, job.budget) // config.evaluations
-            )
+        if objective.writes and config.text == "adaptive" and "val" in job.splits:
+            objective.phi.observe(float(job.evaluate(student, "val")["loss"]))
+            steps = steps_of(order, None, None, job.budget)
+            given["validate_every"] = max(1, steps // config.evaluations)
         asked = teacher if objective.wants and not objective.pieces else None
         if teacher is not None and objective.pieces:
             teacher.bind(objective.wants, job.task)  # asked by the objective itself
@@ -893,17 +892,13 @@ class DACKL(StudentTraining):
         artifact.meta["corrections"] = shown
         return artifact
 
-    def _start(self, job: Any, student: Net) -> float | None:
-        """The student's own training on given responses; its validation loss after it."""
+    def _start(self, job: Any, student: Net) -> None:
+        """The student's own training on given responses, before it is taught."""
         epochs = self.config.sft_epochs
         if epochs > 0:
             supervised = Supervised(student, job.task)
-            job.fit(
-                "sft", supervised, self.order(job), epochs=epochs, share=shared_start(job, epochs)
-            )
-        if "val" not in job.splits:
-            return None
-        return float(job.evaluate(student, "val")["loss"])
+            share = shared_start(job, epochs)
+            job.fit("sft", supervised, self.order(job), epochs=epochs, share=share)
 
     def _answered(self, job: Any, teacher: Any) -> Any:
         """The training prompts with the teacher's sampled responses in place of the data's."""
