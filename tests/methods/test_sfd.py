@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -536,6 +540,29 @@ def test_whole_and_micro_batches_are_equal(tmp_path):
         found.append(weights_of(execute(recipe, tmp_path / str(accumulate))[1]))
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    body, found = Path(__file__).parent / "sfd_processes.py", []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+               "STILLHOUSE_CACHE": str(folder / "cache")}  # fmt: skip
+        launcher = [] if processes == 1 else [
+            "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        ]  # fmt: skip
+        command = [sys.executable, *launcher, str(body), str(folder)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_file(folder / "end.safetensors"))
+    figures = [end.pop("figures") for end in found]
+    # The classifier that judges has BatchNorm, which sees the rows of its own process.
+    assert all(bool(((f >= 0) & (f <= 1)).all()) for f in figures)
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-6)
 
 
 def test_the_artifact_holds_the_generator_alone_and_draws_again(tmp_path):
