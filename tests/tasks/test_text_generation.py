@@ -63,7 +63,7 @@ def own(task: TextGeneration, size: int = 0, length: int = 48) -> CausalLM:
         return CausalLM(size or task.tokens.size, **SMALL, length=length, end=task.tokens.end)
 
 
-def recipe(method: str = "kd", **changes: Any):
+def recipe(method: str = "word-kd", **changes: Any):
     told: dict[str, Any] = {
         "method": method,
         "task": "text-generation",
@@ -72,7 +72,7 @@ def recipe(method: str = "kd", **changes: Any):
         "budget": {"steps": 4, "batch": 8, "lr": 0.01},
         "seed": 0,
     }
-    if method == "kd":
+    if method == "word-kd":
         train = {"steps": 3, "batch": 8, "lr": 0.01}
         told["teacher"] = {"model": "stillhouse:causal_lm", "options": SMALL, "train": train}
     return load_recipe({**told, **changes})
@@ -166,7 +166,7 @@ def test_prompts_of_files_are_answered(tmp_path: Path, task: TextGeneration) -> 
         writer.infer([tmp_path / "b.jsonl"], None, {})
 
 
-@pytest.mark.parametrize("method", ["kd", "supervised"])
+@pytest.mark.parametrize("method", ["word-kd", "supervised"])
 def test_stopped_anywhere_it_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -34,7 +34,7 @@ def recipe(**store: Any):
         teacher["store"] = store
     return load_recipe(
         {
-            "method": "kd",
+            "method": "word-kd",
             "task": "text-generation",
             "data": {"name": "generated_prompts", "options": {"prompts": 12}},
             "teacher": teacher,

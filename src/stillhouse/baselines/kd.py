@@ -14,7 +14,6 @@ has no gradient. The factor :math:`T^2` keeps the gradient's size when the tempe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -44,7 +43,7 @@ class KDObjective(Objective):
     """The weighted sum of the task's loss and the divergence from the teacher.
 
     Args:
-        student: net with logits (B, K), or (B, L, K) where a task says which positions count.
+        student: net with logits (B, K).
         task: whose loss the labels use.
         config: see `KD.Config`.
     """
@@ -53,34 +52,22 @@ class KDObjective(Objective):
 
     def __init__(self, student: Net, task: Task, config: KD.Config) -> None:
         super().__init__(student)
-        self._view = student.view
         self._loss = task.loss
-        # A task of one's own may know of a loss only.
-        self._items: Callable[[Batch], Tensor | None] = getattr(task, "items", _all)
         self.config = config
 
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The terms `task` and `logits`."""
-        out = self.student(batch.view(self._view))
+        out = self.student(batch.view("x"))
         alpha = self.config.alpha
         terms: dict[str, Tensor] = {}
         if alpha < 1:
             task = self._loss(out, batch)
             terms.update({name: (1 - alpha) * value for name, value in task.items()})
         if alpha > 0:
-            items = self._items(batch)
-            ours, theirs, valid = out["logits"], knowledge["logits"], knowledge.valid
-            if items is not None:
-                ours, theirs, valid = _only(items, ours, theirs, valid)
-            found = self.divergence(ours, theirs, valid)
+            found = self.divergence(out["logits"], knowledge["logits"], knowledge.valid)
             # One product, not two: on small steps each operation is felt.
             terms["logits"] = alpha * self.config.temperature**2 * found
         return terms
-
-    def count(self, batch: Batch) -> int | Tensor:
-        """Rows, or the positions of them that count."""
-        items = self._items(batch)
-        return batch.size if items is None else items.sum()
 
     def divergence(self, student: Tensor, teacher: Any, valid: Tensor | None = None) -> Tensor:
         """The divergence at the temperature, before the factor of the temperature squared.
@@ -112,25 +99,6 @@ class KDObjective(Objective):
             mask=valid,
             scale=False,
         )
-
-
-def _all(batch: Batch) -> None:
-    return None
-
-
-def _only(
-    items: Tensor, student: Tensor, teacher: Any, valid: Tensor | None
-) -> tuple[Tensor, Any, Tensor | None]:
-    """Logits, answers and validity of the positions that count, one below another."""
-    if isinstance(teacher, TopK):
-        weights = None if teacher.weights is None else teacher.weights[items]
-        kept = (teacher.ids[items], teacher.logp[items], teacher.rest[items])
-        teacher = TopK(*kept, teacher.temperature, weights)
-    else:
-        teacher = teacher[items]
-    if valid is not None:
-        valid = valid[:, None].expand_as(items)[items]
-    return student[items], teacher, valid
 
 
 def refuse_kept(config: KD.Config, temperature: float) -> None:
