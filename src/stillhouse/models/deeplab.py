@@ -33,9 +33,9 @@ class DeepLab(nn.Module):
         decoder_channels: of pyramid and decoder.
         low_channels: of what the decoder takes from stride 4.
         auxiliary: a second head on the backbone's last map, trained beside, as `aux`.
-        blocks: of the backbone that are kept, from the image on, 5 to 18. With 7 its last map
-            is at stride 8 and the network has a thirtieth of the parameters: a small student
-            that begins with the published weights, which there are for width 1.0 alone.
+        blocks: of the backbone that are kept, from the image on, 5 to 18. A few (5 to 7 end at
+            stride 8) make a small student that begins with the published weights, which there
+            are for width 1.0 alone.
 
     Attributes:
         taps: "low" (stride 4), "backbone" (its last map), "pyramid", "decoder".
