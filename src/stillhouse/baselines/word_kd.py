@@ -6,8 +6,8 @@ r"""Distillation word by word: soft targets of a language model at every respons
 
 over the N response tokens of the batch, with student and teacher logits :math:`z_i, t_i` for token
 i of a given response (Kim and Rush, Sequence-Level Knowledge Distillation, EMNLP 2016, section
-3.1). Prompts and padding do not count. A store may keep the likeliest tokens alone, the rest of the mass
-as one number (`teacher: {store: {form: topk}}`).
+3.1). Prompts and padding do not count. A store may keep the likeliest tokens alone, the rest of
+the mass as one number (`teacher: {store: {form: topk}}`).
 """
 
 from __future__ import annotations
