@@ -59,3 +59,15 @@ def test_narrow_terminal_and_nan(run_folder):
     found = run_folder.summary()
     found["sides"]["distilled"]["0"]["accuracy"] = math.nan
     assert "nan" not in printed(run_folder(run=found, recipe=run_folder.recipe), width=40)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_figure_of_the_teacher_stands_once_unless_it_was_another_teacher(run_folder, same):
+    found = run_folder.summary()
+    for seed, figures in found["sides"]["teacher"].items():
+        told = figures["accuracy"] if same else 0.125
+        found["sides"]["distilled"][seed]["teacher_accuracy"] = told
+        found["sides"]["distilled"][seed]["teacher_only_here"] = 0.25
+    text = printed(run_folder(run=found, recipe=run_folder.recipe))
+    assert ("teacher accuracy" in text) is not same
+    assert "teacher only here" in text

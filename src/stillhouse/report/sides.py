@@ -43,8 +43,18 @@ class Sides:
 
     def _metrics(self, main: str) -> list[str]:
         seen = [m for seeds in self.figures.values() for f in seeds.values() for m in f]
-        names = [m for m in dict.fromkeys(seen) if m not in COST]
+        names = [m for m in dict.fromkeys(seen) if m not in COST and not self._is_said(m)]
         return [main, *(m for m in names if m != main)] if main in names else names
+
+    def _is_said(self, metric: str) -> bool:
+        """Whether it is a figure of the teacher that the teacher's own column has already."""
+        own = metric.removeprefix("teacher_")
+        known = self.values(TEACHER, own) if own != metric else {}
+        return bool(known) and all(
+            known.get(seed, value) == value
+            for side in self.figures
+            for seed, value in self.values(side, metric).items()
+        )
 
     @property
     def main(self) -> str:
