@@ -27,7 +27,7 @@ def measure(bench: Bench) -> Row:
             "ours": [bench.python, HOME / "sides" / "e4_ours.py"],
             "torchdistill": [peer, HOME / "sides" / "e4_torchdistill.py"],
         },
-        4,
+        3,
         warm=False,
     )
     row = Row({})

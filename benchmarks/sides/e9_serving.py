@@ -20,7 +20,7 @@ from stillhouse.parts.graph import Graph, Nodes, passing, tidy_edges
 from stillhouse.stages.serving_nodes import answer_nodes, requests
 from stillhouse.tasks.node_classification import NodeNet
 
-LAYERS, WIDTH, CLASSES, SECONDS = 2, 256, 7, 3.0
+LAYERS, WIDTH, CLASSES, SECONDS = 2, 256, 7, 2.0
 
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
