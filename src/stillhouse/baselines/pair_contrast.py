@@ -21,12 +21,11 @@ from stillhouse.batch import Batch
 from stillhouse.clock import Clock, uniform_of
 from stillhouse.errors import RecipeError
 from stillhouse.losses.contrastive import infonce
-from stillhouse.method import Card, MethodConfig, StudentTraining, Variant
+from stillhouse.method import Card, StudentTraining, Variant
 from stillhouse.net import Net
 from stillhouse.objective import Objective
-from stillhouse.parts.schedule import cycles
 from stillhouse.stages.judge_vectors import judge_vectors, tables
-from stillhouse.stages.vectors import distinct, remembered
+from stillhouse.stages.vectors import ComparedConfig, distinct, remembered
 from stillhouse.teacher import Knowledge, Want
 
 _WORD = re.compile(r"\S+")
@@ -101,10 +100,8 @@ class PairContrast(StudentTraining):
         stages=(("teacher?", "train"), ("capture?", "capture"), ("student", "train")),
     )
 
-    class Config(MethodConfig):
+    class Config(ComparedConfig):
         """Settings of `pair-contrast`."""
-
-        shared: ClassVar[frozenset[str]] = frozenset({"cycles", "floor", "cache", "widths"})
 
         pairs: Literal["words", "teacher"] = Field(
             "words",
@@ -124,30 +121,6 @@ class PairContrast(StudentTraining):
             lt=1,
             description="chance of a word to be in the part",
             json_schema_extra={"source": "chosen here"},
-        )
-        cycles: int = Field(
-            0,
-            ge=0,
-            description="straight falls of the learning rate; 0: the schedule of the budget",
-            json_schema_extra={"source": "as in what it is compared with"},
-        )
-        floor: float = Field(
-            0.1,
-            ge=0,
-            le=1,
-            description="the learning rate at the end of a cycle, as a share of its top",
-            json_schema_extra={"source": "as in what it is compared with"},
-        )
-        cache: str = Field(
-            "float32",
-            pattern="^(float32|float16|int8)$",
-            description="numbers of the teacher's vectors on disk",
-            json_schema_extra={"source": "chosen here"},
-        )
-        widths: list[int] = Field(
-            [16, 32, 64, 128, 256, 384],
-            description="numbers of first coordinates that are judged",
-            json_schema_extra={"source": "as in what it is compared with"},
         )
 
     variants: ClassVar[dict[str, Variant]] = {
@@ -183,9 +156,8 @@ class PairContrast(StudentTraining):
 
     def training(self, job: Any) -> dict[str, Any]:
         """The cycles of the learning rate, if there are any."""
-        if self.config.cycles == 0:
-            return {}
-        return {"schedule": cycles(self.config.cycles, self.config.floor)}
+        given: dict[str, Any] = self.config.training()
+        return given
 
     def judge(self, job: Any, artifact: Artifact) -> dict[str, float]:
         """The student alone, and beside the teacher where the recipe names one."""

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stillhouse.batch import Source, Subset
 from stillhouse.engine.job import Job
 from stillhouse.errors import RecipeError
+from stillhouse.method import MethodConfig
+from stillhouse.parts.schedule import cycles
 from stillhouse.recipe import StoreSpec
 from stillhouse.stages.capture import Accept, Captured, captured
 from stillhouse.teacher import Teacher
 from stillhouse.teachers.stored import Stored
 
 KINDS = {"documents": 0, "queries": 1}
+
+
+class ComparedConfig(MethodConfig):
+    """Settings of a baseline that learns vectors beside a method and takes them over from it."""
+
+    shared: ClassVar[frozenset[str]] = frozenset({"cycles", "floor", "cache", "widths"})
+
+    cycles: int = Field(
+        0,
+        ge=0,
+        description="straight falls of the learning rate; 0: the schedule of the budget",
+        json_schema_extra={"source": "as in what it is compared with"},
+    )
+    floor: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="the learning rate at the end of a cycle, as a share of its top",
+        json_schema_extra={"source": "as in what it is compared with"},
+    )
+    cache: Literal["float32", "float16", "int8"] = Field(
+        "float32",
+        description="numbers of the teacher's vectors on disk",
+        json_schema_extra={"source": "chosen here"},
+    )
+    widths: list[int] = Field(
+        [16, 32, 64, 128, 256, 384],
+        description="numbers of first coordinates that are judged",
+        json_schema_extra={"source": "as in what it is compared with"},
+    )
+
+    def training(self) -> dict[str, Any]:
+        """Arguments of `job.fit`: the cycles of the learning rate, if there are any."""
+        return {"schedule": cycles(self.cycles, self.floor)} if self.cycles else {}
 
 
 def distinct(job: Job) -> Job:
