@@ -6,6 +6,9 @@ import collections
 import json
 import os
 import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 # Exactness holds at one thread count, and many small tests run slower on more than one: set
@@ -101,6 +104,30 @@ def real_models(_own_cache: None) -> pathlib.Path:
             pytest.skip("no real models are on this machine (make models)")
         folder.symlink_to(USER_CACHE / "models")
     return folder
+
+
+@pytest.fixture(scope="session")
+def in_processes() -> Callable[[pathlib.Path, pathlib.Path, int], str]:
+    """See `run_in_processes`."""
+    return run_in_processes
+
+
+def run_in_processes(script: pathlib.Path, folder: pathlib.Path, count: int) -> str:
+    """Run a script on a new folder, its only argument, in one process or as several together.
+
+    Returns:
+        What they wrote.
+    """
+    folder.mkdir()
+    launcher = [] if count == 1 else [
+        "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+    ]  # fmt: skip
+    command = [sys.executable, *launcher, str(script), str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.hookimpl(hookwrapper=True)

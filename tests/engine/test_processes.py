@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,23 +12,13 @@ from safetensors.torch import load_file
 BODY = Path(__file__).parent / "process_body.py"
 
 
-def run(folder: Path, processes: int) -> None:
-    folder.mkdir()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [] if processes == 1 else [
-        "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-    ]  # fmt: skip
-    command = [sys.executable, *launcher, str(BODY), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, in_processes: Callable[[Path, Path, int], str]
+) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    run(folder / "one", 1)
-    run(folder / "two", 2)
+    in_processes(BODY, folder / "one", 1)
+    in_processes(BODY, folder / "two", 2)
     return folder
 
 

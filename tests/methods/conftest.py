@@ -1,4 +1,4 @@
-"""What tests of methods share: a training that is killed with SIGKILL and goes on."""
+"""What tests of methods share: a training killed with SIGKILL that goes on; one process and two."""
 
 from __future__ import annotations
 
@@ -11,6 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Ends = list[dict[str, Tensor]]
+
+
+@pytest.fixture
+def one_and_two_processes(
+    in_processes: Callable[[Path, Path, int], str], tmp_path: Path
+) -> Callable[[str], Ends]:
+    """`one_and_two_processes("dho")`: the ends of dho_processes.py, run in one and as two."""
+
+    def ends(method: str) -> Ends:
+        folders = {count: tmp_path / str(count) for count in (1, 2)}
+        for count, folder in folders.items():
+            in_processes(Path(__file__).parent / f"{method}_processes.py", folder, count)
+        return [load_file(folder / "end.safetensors") for folder in folders.values()]
+
+    return ends
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from stillhouse.recipe_models import open_method
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    # Each number of processes trains its own teacher.
+    os.environ["STILLHOUSE_CACHE"] = str(folder / "cache")
     given = Sfd.example(0)
     given["teacher"]["options"]["dropout"] = 0.0
     given["settings"] |= {"override": "random", "score_label_dropout": 0.3}

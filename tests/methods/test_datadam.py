@@ -6,13 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch.optim import SGD
 
 from stillhouse import catalogue
@@ -368,22 +366,9 @@ def test_networks_of_other_libraries_plug_in_by_their_taps(model, options, taps,
     assert torch.isfinite(found.images).all()
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(one_and_two_processes):
     """Each process has some of the classes (three over two), and the result is one's."""
-    body = Path(__file__).parent / "datadam_processes.py"
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        launcher = [] if processes == 1 else [
-            "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        ]  # fmt: skip
-        command = [sys.executable, *launcher, str(body), str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(load_file(folder / "end.safetensors"))
+    found = one_and_two_processes("datadam")
     torch.testing.assert_close(found[0]["images"], found[1]["images"], rtol=0, atol=1e-5)
     assert found[0]["accuracy"] == found[1]["accuracy"]
 

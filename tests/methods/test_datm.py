@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from stillhouse import catalogue
@@ -630,22 +628,9 @@ def test_networks_of_other_libraries_can_be_matched_on(model, options, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(one_and_two_processes):
     """Experts are trained, and matched, by both; the result is one's."""
-    body = Path(__file__).parent / "datm_processes.py"
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        launcher = [] if processes == 1 else [
-            "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        ]  # fmt: skip
-        command = [sys.executable, *launcher, str(body), str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(load_file(folder / "end.safetensors"))
+    found = one_and_two_processes("datm")
     for name in ("images", "label_logits", "lr"):
         torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-5)
     for name in ("accuracy", "skipped"):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
@@ -802,22 +798,9 @@ def test_an_image_folder_is_distilled(tmp_path):
     assert found.images.shape == (2, 3, 12, 12)
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(one_and_two_processes):
     """Summed steps: each process has some classes; judged with CutMix across both."""
-    body = Path(__file__).parent / "ncfm_processes.py"
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        launcher = [] if processes == 1 else [
-            "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        ]  # fmt: skip
-        command = [sys.executable, *launcher, str(body), str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(load_file(folder / "end.safetensors"))
+    found = one_and_two_processes("ncfm")
     torch.testing.assert_close(found[0]["images"], found[1]["images"], rtol=0, atol=1e-5)
     assert found[0]["accuracy"] == found[1]["accuracy"]
 

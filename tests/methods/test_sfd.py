@@ -2,16 +2,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -543,21 +539,8 @@ def test_whole_and_micro_batches_are_equal(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    body, found = Path(__file__).parent / "sfd_processes.py", []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-               "STILLHOUSE_CACHE": str(folder / "cache")}  # fmt: skip
-        launcher = [] if processes == 1 else [
-            "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        ]  # fmt: skip
-        command = [sys.executable, *launcher, str(body), str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(load_file(folder / "end.safetensors"))
+def test_two_processes_equal_one(one_and_two_processes):
+    found = one_and_two_processes("sfd")
     figures = [end.pop("figures") for end in found]
     # The classifier that judges has BatchNorm, which sees the rows of its own process.
     assert all(bool(((f >= 0) & (f <= 1)).all()) for f in figures)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,27 +270,14 @@ def test_a_full_disk_is_told_before_the_teacher_is_asked_for_all(
         trained(recipe(True), tmp_path)
 
 
-def in_processes(folder: Path, count: int) -> Store:
-    folder.mkdir()
-    body = str(Path(__file__).parent / "capture_body.py")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, *(launcher if count > 1 else []), body, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"world {count}" in done.stdout
-    return Store.open(folder / "store")
-
-
 @pytest.mark.slow
-def test_two_processes_capture_and_train_as_one(tmp_path: Path):
-    one, two = (in_processes(tmp_path / str(n), n) for n in (1, 2))
+def test_two_processes_capture_and_train_as_one(
+    tmp_path: Path, in_processes: Callable[[Path, Path, int], str]
+):
+    for n in (1, 2):
+        told = in_processes(Path(__file__).parent / "capture_body.py", tmp_path / str(n), n)
+        assert f"world {n}" in told
+    one, two = (Store.open(tmp_path / str(n) / "store") for n in (1, 2))
     assert one.complete
     assert two.complete
     assert len(list((tmp_path / "2" / "store").glob("done-*.a"))) == 2
