@@ -128,17 +128,8 @@ class CausalLM(nn.Module):
         return made.train(self.training)
 
 
-def causal_lm(
-    vocabulary: int,
-    layers: int = 4,
-    width: int = 192,
-    heads: int | None = None,
-    length: int = 256,
-    dropout: float = 0.1,
-    end: int | None = None,
-) -> CausalLM:
-    """A GPT-2 of any size; see `CausalLM`."""
-    return CausalLM(vocabulary, layers, width, heads, length, dropout, end)
+# As recipes call it.
+causal_lm = CausalLM
 
 
 class Vocabulary:

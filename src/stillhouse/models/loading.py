@@ -169,7 +169,7 @@ def reference_networks() -> dict[str, tuple[str, str]]:
     """Names of `stillhouse:` models, and where each is defined: (module, attribute).
 
     Found by reading the files of this folder, without importing them: functions that return
-    a network of their file, and the classes that bear the file's name.
+    a network of their file, the classes that bear the file's name, and other names of a class.
     """
     found: dict[str, tuple[str, str]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -184,6 +184,8 @@ def reference_networks() -> dict[str, tuple[str, str]]:
                 returned = node.returns
                 if isinstance(returned, ast.Name) and returned.id in modules:
                     names.append(node.name)
+            elif isinstance(node, ast.Assign) and ast.unparse(node.value) in modules:
+                names += [ast.unparse(target) for target in node.targets]
         for name in names:
             found[name.lower()] = (f"{__package__}.{path.stem}", name)
     return found
@@ -669,6 +671,27 @@ def find_folder(hub_id: str) -> Path | None:
         if (folder / "config.json").is_file() or any((folder / f).is_file() for f in _WEIGHT_FILES):
             return folder
     return _in_hub_cache(hub_id)
+
+
+def encoder_tokenizer(encoder: str) -> Any:
+    """The tokenizer of a Hugging Face encoder, looked for where its weights are.
+
+    Args:
+        encoder: hub id or folder.
+
+    Raises:
+        ModelError: there is none.
+        MissingExtra: transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("transformers", "language", "to read text") from error
+    place = find_folder(encoder) or encoder
+    try:
+        return AutoTokenizer.from_pretrained(str(place))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the encoder '{encoder}' has no tokenizer at {place}: {error}") from error
 
 
 def _in_hub_cache(hub_id: str) -> Path | None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.errors import MissingExtra, ModelError
-from stillhouse.models.loading import find_folder, load_model
+from stillhouse.errors import ModelError
+from stillhouse.models.loading import encoder_tokenizer, load_model
 
 # Texts of like length are encoded together, so that little padding is computed.
 _BLOCK = 16
@@ -60,7 +60,7 @@ class SentenceClassifier(nn.Module):
         )
         for parameter in self.encoder.parameters():
             parameter.requires_grad_(False)
-        self.tokenizer = _tokenizer(encoder)
+        self.tokenizer = encoder_tokenizer(encoder)
         self.length = length
         config: Any = self.encoder.config
         self.width = int(config.hidden_size)
@@ -112,15 +112,3 @@ class SentenceClassifier(nn.Module):
         """
         logits: Tensor = self.classifier(self.features(texts))
         return logits
-
-
-def _tokenizer(encoder: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtra("transformers", "language", "to read text") from error
-    place = find_folder(encoder) or encoder
-    try:
-        return AutoTokenizer.from_pretrained(str(place))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the encoder '{encoder}' has no tokenizer at {place}: {error}") from error

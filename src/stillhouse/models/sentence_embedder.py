@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.errors import MissingExtra, ModelError
-from stillhouse.models.loading import find_folder, load_model
+from stillhouse.errors import ModelError
+from stillhouse.models.loading import encoder_tokenizer, load_model
 from stillhouse.parts.pooling import masked_mean
 
 # On the CPU texts of like length are encoded together, since padding is computed there like text;
@@ -74,7 +74,7 @@ class SentenceEmbedder(nn.Module):
         # A pooler is a head on the first token, which no vector here goes through.
         if isinstance(getattr(self.encoder, "pooler", None), nn.Module):
             setattr(self.encoder, "pooler", None)  # noqa: B010 - None is a value it may have
-        self.tokenizer = _tokenizer(encoder)
+        self.tokenizer = encoder_tokenizer(encoder)
         settings: Any = self.encoder.config
         self.projection = nn.Linear(int(settings.hidden_size), width) if width else nn.Identity()
         self.length, self.normalise = length, normalise
@@ -134,15 +134,3 @@ class SentenceEmbedder(nn.Module):
         states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         vectors: Tensor = self.projection(masked_mean(states, mask))
         return F.normalize(vectors, dim=-1) if self.normalise else vectors
-
-
-def _tokenizer(encoder: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtra("transformers", "language", "to read text") from error
-    place = find_folder(encoder) or encoder
-    try:
-        return AutoTokenizer.from_pretrained(str(place))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the encoder '{encoder}' has no tokenizer at {place}: {error}") from error

@@ -129,14 +129,5 @@ class SeriesCNN(nn.Module):
         return (x * real).sum(-1) / real.sum(-1).clamp(min=1.0)
 
 
-def series_cnn(
-    channels: int,
-    widths: Sequence[int] = (32, 64, 64),
-    kernel: int = 7,
-    length: int = 0,
-    reduction: Literal["concat", "mean"] = "concat",
-    labels: int = 0,
-    reads: str = "x",
-) -> SeriesCNN:
-    """A series CNN; see `SeriesCNN`."""
-    return SeriesCNN(channels, widths, kernel, length, reduction, labels, reads)
+# As recipes call it.
+series_cnn = SeriesCNN

@@ -146,14 +146,5 @@ class TextCNN(nn.Module):
         return logits
 
 
-def text_cnn(
-    classes: int,
-    width: int = 64,
-    filters: int = 96,
-    kernels: Sequence[int] = (1, 3, 5),
-    buckets: int = 4096,
-    hashes: int = 2,
-    dropout: float = 0.1,
-) -> TextCNN:
-    """A text CNN; see `TextCNN`."""
-    return TextCNN(classes, width, filters, kernels, buckets, hashes, dropout)
+# As recipes call it.
+text_cnn = TextCNN

@@ -180,19 +180,5 @@ class WordReader(CodeReader):
         return WordReader(self.buckets, self.letters, self.length)
 
 
-def word_tagger(
-    classes: int = 2,
-    width: int = 128,
-    layers: int = 2,
-    heads: int = 4,
-    buckets: int = 16384,
-    letters: int = 12,
-    reach: int = 32,
-    length: int = 128,
-    dropout: float = 0.1,
-    causal: bool = False,
-) -> WordTagger:
-    """A word tagger; see `WordTagger`."""
-    return WordTagger(
-        classes, width, layers, heads, buckets, letters, reach, length, dropout, causal
-    )
+# As recipes call it.
+word_tagger = WordTagger
