@@ -145,6 +145,12 @@ class Clock:
         """Uniform numbers in [0, 1) of shape (rows, *shape); see `draw`."""
         return self.draw(stream, batch, lambda n, rng: torch.rand(n, *shape, generator=rng))
 
+    def randint(self, stream: Name, batch: Batch, low: int, high: int) -> Tensor:
+        """Whole numbers (rows,) in [low, high), each as likely; see `draw`."""
+        return self.draw(
+            stream, batch, lambda n, rng: torch.randint(low, high, (n,), generator=rng)
+        )
+
 
 @dataclass(frozen=True)
 class Views:

@@ -119,12 +119,15 @@ def test_blocks_of_processes_put_together_are_the_step():
 def test_draws_are_made_for_the_global_batch_of_each_stream():
     order = streams()
     rows, clock = epoch(order)[0], Clock(seed=1)
-    whole = clock.randn("noise", read_block(order, rows, Views(0))["unlabelled"], 2)
-    parts = [
-        clock.randn("noise", read_block(order, rows, Views(0), rank, 2)["unlabelled"], 2)
-        for rank in range(2)
-    ]
-    assert torch.equal(torch.cat(parts), whole)
+    whole = read_block(order, rows, Views(0))["unlabelled"]
+    parts = [read_block(order, rows, Views(0), rank, 2)["unlabelled"] for rank in range(2)]
+    for draw in (
+        lambda batch: clock.randn("noise", batch, 2),
+        lambda batch: clock.randint("time", batch, 3, 7),
+    ):
+        assert torch.equal(torch.cat([draw(part) for part in parts]), draw(whole))
+    drawn = torch.cat([Clock(seed=i).randint("time", whole, 3, 7) for i in range(50)])
+    assert set(drawn.tolist()) == {3, 4, 5, 6}
 
 
 def test_micro_batches_share_every_stream():

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Tensor
 
 from stillhouse.artifact import Artifact
 from stillhouse.batch import Batch, Draws
@@ -66,13 +66,10 @@ class Redirection(Objective):
     def forward(self, batch: Batch, knowledge: Knowledge, clock: Clock) -> dict[str, Tensor]:
         """The terms `forget` and `keep`."""
         net: NoiseNet = self.student  # type: ignore[assignment]
-        others = torch.tensor(self.others)
-
-        def other(rows: int, rng: Generator) -> Tensor:
-            return others[torch.randint(0, len(others), (rows,), generator=rng)]
-
         forgotten = torch.full((batch.size,), self.config.forget, device=batch.device)
-        labels = torch.cat([forgotten, clock.draw("labels", batch, other)])
+        others = torch.tensor(self.others, device=batch.device)
+        kept = others[clock.randint("labels", batch, 0, len(others))]
+        labels = torch.cat([forgotten, kept])
         x_t, times = self._noised(labels, batch, clock)
         with torch.no_grad():
             target = self._target(x_t, times, labels, batch.size)
@@ -88,14 +85,8 @@ class Redirection(Objective):
         steps, count = len(net.schedule), images.shape[1]
         parts = []
         for branch in ("forget", "keep"):
-            rows = clock.draw(
-                f"{branch}/rows", batch, lambda n, rng: torch.randint(0, count, (n,), generator=rng)
-            )
-            times = clock.draw(
-                f"{branch}/times",
-                batch,
-                lambda n, rng: torch.randint(0, steps, (n,), generator=rng),
-            )
+            rows = clock.randint(f"{branch}/rows", batch, 0, count)
+            times = clock.randint(f"{branch}/times", batch, 0, steps)
             noise = clock.randn(f"{branch}/noise", batch, *images.shape[2:])
             parts.append((rows, times, noise))
         rows, times, noise = (torch.cat(values) for values in zip(*parts, strict=True))

@@ -22,11 +22,11 @@ from stillhouse.batch import Batch
 from stillhouse.clock import Clock
 from stillhouse.errors import TeacherError
 from stillhouse.losses.chunked import wide
-from stillhouse.losses.logits import kl
-from stillhouse.method import Card, Claim, MethodConfig, StudentTraining, Variant
+from stillhouse.method import Card, Claim, StudentTraining, Variant
 from stillhouse.net import Net
 from stillhouse.objective import Objective
 from stillhouse.parts.heads import ExtraHead
+from stillhouse.stages.soft_targets import SoftTargetsConfig
 from stillhouse.task import Task
 from stillhouse.teacher import Knowledge, Want
 
@@ -49,7 +49,7 @@ class FitNetObjective(Objective):
         self, student: Net, task: Task, config: FitNet.Config, projector: ExtraHead
     ) -> None:
         super().__init__(student)
-        self._loss = task.loss
+        self._task = task
         self.config = config
         self.projector = projector
         student.add_tap("head:input")
@@ -58,18 +58,7 @@ class FitNetObjective(Objective):
         """The terms `task`, `logits` and `features`."""
         config, valid = self.config, knowledge.valid
         out = self.student(batch.view("x"))
-        terms: dict[str, Tensor] = {}
-        if config.alpha < 1:
-            task = self._loss(out, batch)
-            terms = {name: (1 - config.alpha) * value for name, value in task.items()}
-        if config.alpha > 0:
-            found = kl(
-                out["logits"],
-                knowledge.tensor("logits"),
-                temperature=config.temperature,
-                mask=valid,
-            )
-            terms["logits"] = config.alpha * found
+        terms = config.terms(self._task, out, batch, knowledge)
         guided = wide(self.projector(out["taps"]["head:input"]))
         rows = F.mse_loss(guided, wide(knowledge.tensor(EMBEDDING.key)), reduction="none").mean(-1)
         mean = rows.mean() if valid is None else (rows * valid).sum() / valid.sum().clamp(min=1)
@@ -102,22 +91,9 @@ class FitNet(StudentTraining):
         stages=(("teacher?", "train"), ("capture?", "capture"), ("student", "train")),
     )
 
-    class Config(MethodConfig):
+    class Config(SoftTargetsConfig):
         """Settings of `fitnet`."""
 
-        alpha: float = Field(
-            0.5,
-            ge=0,
-            le=1,
-            description="weight of the soft targets; the labels have 1 - alpha",
-            json_schema_extra={"source": "chosen here"},
-        )
-        temperature: float = Field(
-            4.0,
-            gt=0,
-            description="of the soft targets",
-            json_schema_extra={"source": "as the house's knowledge distillation"},
-        )
         weight: float = Field(
             1.0,
             gt=0,

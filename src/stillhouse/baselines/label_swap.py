@@ -64,11 +64,7 @@ class Against(Objective):
         schedule = net.schedule
         parts = []
         for branch, rows in (("keep", stay), ("forget", shown)):
-            times = clock.draw(
-                f"{branch}/times",
-                batch,
-                lambda n, rng: torch.randint(0, len(schedule), (n,), generator=rng),
-            )
+            times = clock.randint(f"{branch}/times", batch, 0, len(schedule))
             noise = clock.randn(f"{branch}/noise", batch, *x0.shape[1:])
             parts.append((times[rows], noise[rows].to(x0)))
         times, noise = (torch.cat(values) for values in zip(*parts, strict=True))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-from stillhouse.artifact import Artifact
 from stillhouse.clock import seed_of
-from stillhouse.method import Card, Method, Variant
-from stillhouse.parts.text_spans import split_words
-from stillhouse.stages.word_labels import Shortening, judge_scores, judged_words
+from stillhouse.method import Card
+from stillhouse.stages.word_labels import WordDeletion, words_of
 
 
-class RandomDeletion(Method):
+class RandomDeletion(WordDeletion):
     """Keeps words by uniform chance: what any rule for shortening must beat."""
 
     card = Card(
@@ -26,22 +24,12 @@ class RandomDeletion(Method):
         yields="analysis",
         stages=(),
     )
-    variants: ClassVar[dict[str, Variant]] = {}
 
-    def run(self, job: Any) -> Artifact:
-        """Nothing is learnt."""
-        return Artifact("analysis", meta={"data": job.splits.edition})
-
-    def judge(self, job: Any, artifact: Artifact) -> dict[str, float]:
-        """As the compressors are judged, on the same words."""
-
-        def score(texts: Sequence[str]) -> list[list[float]]:
-            return [
-                [seed_of(job.seed, "deletion", text, i) / 2.0**63 for i in range(count)]
-                for text, count in ((text, len(split_words(text))) for text in texts)
-            ]
-
-        return judge_scores(*judged_words(job, Shortening()), score)
+    def scorer(self, job: Any) -> Callable[[str], list[float]]:
+        """Numbers in [0, 1) by the text, the place and the run's seed."""
+        return lambda text: [
+            seed_of(job.seed, "deletion", text, i) / 2.0**63 for i in range(len(words_of(text)))
+        ]
 
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:

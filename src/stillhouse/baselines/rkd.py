@@ -18,11 +18,11 @@ from torch import Tensor
 from stillhouse.batch import Batch
 from stillhouse.clock import Clock
 from stillhouse.errors import RecipeError
-from stillhouse.losses.logits import kl
 from stillhouse.losses.relations import rkd_angle, rkd_distance
-from stillhouse.method import Card, Claim, MethodConfig, StudentTraining, Variant
+from stillhouse.method import Card, Claim, StudentTraining, Variant
 from stillhouse.net import Net
 from stillhouse.objective import Objective
+from stillhouse.stages.soft_targets import SoftTargetsConfig
 from stillhouse.task import Task
 from stillhouse.teacher import Knowledge, Want
 
@@ -44,7 +44,7 @@ class RKDObjective(Objective):
 
     def __init__(self, student: Net, task: Task, config: RKD.Config) -> None:
         super().__init__(student)
-        self._loss = task.loss
+        self._task = task
         self.config = config
         student.add_tap("head:input")
 
@@ -52,18 +52,7 @@ class RKDObjective(Objective):
         """The terms `task`, `logits`, `relations/distance` and `relations/angle`."""
         config, valid = self.config, knowledge.valid
         out = self.student(batch.view("x"))
-        terms: dict[str, Tensor] = {}
-        if config.alpha < 1:
-            task = self._loss(out, batch)
-            terms = {name: (1 - config.alpha) * value for name, value in task.items()}
-        if config.alpha > 0:
-            found = kl(
-                out["logits"],
-                knowledge.tensor("logits"),
-                temperature=config.temperature,
-                mask=valid,
-            )
-            terms["logits"] = config.alpha * found
+        terms = config.terms(self._task, out, batch, knowledge)
         own, theirs = out["taps"]["head:input"], knowledge.tensor(EMBEDDING.key)
         if valid is not None:
             own, theirs = own[valid], theirs[valid]
@@ -97,22 +86,9 @@ class RKD(StudentTraining):
         stages=(("teacher?", "train"), ("capture?", "capture"), ("student", "train")),
     )
 
-    class Config(MethodConfig):
+    class Config(SoftTargetsConfig):
         """Settings of `rkd`."""
 
-        alpha: float = Field(
-            0.5,
-            ge=0,
-            le=1,
-            description="weight of the soft targets; the labels have 1 - alpha",
-            json_schema_extra={"source": "chosen here"},
-        )
-        temperature: float = Field(
-            4.0,
-            gt=0,
-            description="of the soft targets",
-            json_schema_extra={"source": "as the house's knowledge distillation"},
-        )
         distance: float = Field(
             25.0,
             ge=0,

@@ -6,17 +6,15 @@ The idea of Selective-Context (Li et al. 2023, arXiv 2310.06201) and LLMLingua (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-from stillhouse.artifact import Artifact
-from stillhouse.method import Card, Method, Variant
-from stillhouse.parts.text_spans import split_words
+from stillhouse.method import Card
 from stillhouse.parts.word_statistics import BigramModel
-from stillhouse.stages.word_labels import Shortening, judge_scores, judged_words, texts_of
+from stillhouse.stages.word_labels import WordDeletion, texts_of, words_of
 
 
-class SurprisalDeletion(Method):
+class SurprisalDeletion(WordDeletion):
     """Keeps the words that surprise a causal bigram model most."""
 
     card = Card(
@@ -33,21 +31,11 @@ class SurprisalDeletion(Method):
         yields="analysis",
         stages=(),
     )
-    variants: ClassVar[dict[str, Variant]] = {}
 
-    def run(self, job: Any) -> Artifact:
-        """The bigram model is counted when judging; nothing else is learnt."""
-        return Artifact("analysis", meta={"data": job.splits.edition})
-
-    def judge(self, job: Any, artifact: Artifact) -> dict[str, float]:
-        """As the compressors are judged, on the same words."""
-        texts = texts_of(job.splits["train"])[0]
-        model = BigramModel([w.text for w in split_words(text)] for text in texts)
-
-        def score(given: Sequence[str]) -> list[list[float]]:
-            return [model.surprisal([w.text for w in split_words(text)]) for text in given]
-
-        return judge_scores(*judged_words(job, Shortening()), score)
+    def scorer(self, job: Any) -> Callable[[str], list[float]]:
+        """Surprisal under a bigram model of the training texts."""
+        model = BigramModel(words_of(text) for text in texts_of(job.splits["train"])[0])
+        return lambda text: model.surprisal(words_of(text))
 
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:

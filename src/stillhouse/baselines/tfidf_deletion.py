@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-from stillhouse.artifact import Artifact
-from stillhouse.method import Card, Method, Variant
-from stillhouse.parts.text_spans import split_words
+from stillhouse.method import Card
 from stillhouse.parts.word_statistics import DocumentFrequency
-from stillhouse.stages.word_labels import Shortening, judge_scores, judged_words, texts_of
+from stillhouse.stages.word_labels import WordDeletion, texts_of, words_of
 
 
-class TfIdfDeletion(Method):
+class TfIdfDeletion(WordDeletion):
     """Keeps the words with the highest TF-IDF: stop words go without a list of them."""
 
     card = Card(
@@ -26,21 +24,11 @@ class TfIdfDeletion(Method):
         yields="analysis",
         stages=(),
     )
-    variants: ClassVar[dict[str, Variant]] = {}
 
-    def run(self, job: Any) -> Artifact:
-        """Document frequencies are counted when judging; nothing else is learnt."""
-        return Artifact("analysis", meta={"data": job.splits.edition})
-
-    def judge(self, job: Any, artifact: Artifact) -> dict[str, float]:
-        """As the compressors are judged, on the same words."""
-        texts = texts_of(job.splits["train"])[0]
-        frequency = DocumentFrequency([w.text for w in split_words(text)] for text in texts)
-
-        def score(given: Sequence[str]) -> list[list[float]]:
-            return [frequency.scores([w.text for w in split_words(text)]) for text in given]
-
-        return judge_scores(*judged_words(job, Shortening()), score)
+    def scorer(self, job: Any) -> Callable[[str], list[float]]:
+        """TF-IDF, with the document frequencies of the training texts."""
+        frequency = DocumentFrequency(words_of(text) for text in texts_of(job.splits["train"])[0])
+        return lambda text: frequency.scores(words_of(text))
 
     @classmethod
     def example(cls, seed: int = 0) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from pydantic import Field, field_validator
 
+from stillhouse.batch import Splits
+from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.downloads import download_file, found_or_fetched
 from stillhouse.data.options import TextOptions
 from stillhouse.data.splitting import hold_out
-from stillhouse.data.text_rows import TextRows
+from stillhouse.data.text_rows import TextRows, text_splits
 from stillhouse.errors import DataError
 
 Entry = dict[str, Any]
@@ -92,12 +94,31 @@ def split_off_test(
 ) -> Mapping[str, TextRows]:
     """ "train" and "test" of texts that come without a split, the same for every run's seed."""
     held = hold_out(rows.labels, options.test, seed=options.subset_seed, name=name)
-    return {role: _rows(rows, keep) for role, keep in (("train", ~held), ("test", held))}
+    return {"train": rows.where(~held), "test": rows.where(held)}
 
 
-def _rows(rows: TextRows, keep: torch.Tensor) -> TextRows:
-    chosen = keep.nonzero()[:, 0]
-    return TextRows([rows.texts[row] for row in chosen.tolist()], rows.labels[chosen])
+def unsplit_texts(
+    data: DataSet[UnsplitTextOptions],
+    options: UnsplitTextOptions,
+    url: str,
+    parse: Callable[[bytes], Sequence[Entry]],
+    *,
+    classes: Sequence[str],
+) -> Splits:
+    """Splits "train" and "test" of a data set whose one file comes without a split.
+
+    Args:
+        data: its facts.
+        options: what is held out and kept, and how words are hashed.
+        url: see `found_lines`.
+        parse: likewise.
+        classes: names of all classes.
+    """
+    path = found_lines(data, data.files[0], url, parse)
+    digest = content_hash(path)
+    official = split_off_test(read_lines(path, len(classes)), options, data.name)
+    edition = data.edition_of(digest)
+    return text_splits(data, official, options, classes=classes, digest=digest, edition=edition)
 
 
 def found_lines(

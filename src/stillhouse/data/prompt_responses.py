@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from stillhouse.batch import Splits
-from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.e2e_nlg import by_prompt
 from stillhouse.data.prompt_options import PromptOptions
 from stillhouse.data.prompt_rows import Pair, prompt_splits
-from stillhouse.data.roots import locate
+from stillhouse.data.split_files import (
+    files_of_splits,
+    hash_of_splits,
+    json_lines,
+    read_text,
+)
 from stillhouse.errors import DataError, RecipeError, nearest
 
 # Names under which prompt and response are found, in order of preference.
 PROMPTS = ("prompt", "instruction", "question", "query")
 RESPONSES = ("output", "response", "answer", "completion", "references")
-_ROLES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test",),
-}
+_WANTED = "train.jsonl (or train.jsonl.gz)"
 
 
 class PromptResponseOptions(PromptOptions):
@@ -83,7 +80,7 @@ class PromptResponses(DataSet[PromptResponseOptions]):
 
     def open(self, options: PromptResponseOptions, seed: int) -> Splits:
         """The splits there are; "val" and "test" are held out of train where there are none."""
-        files = _find(options.path)
+        files = files_of_splits(options.path, (".jsonl",), _WANTED)
         official = {role: _pairs(path, options) for role, path in files.items()}
         shares = {}
         for role, said, usual in (("test", options.test, 0.1), ("val", options.validation, 0.05)):
@@ -97,36 +94,18 @@ class PromptResponses(DataSet[PromptResponseOptions]):
         if shares:
             held = by_prompt(official["train"], shares, seed=options.subset_seed, name=options.path)
             official = {**official, **held}
-        digest = hashlib.sha256(
-            "".join(f"{role}:{content_hash(path)};" for role, path in files.items()).encode()
-        ).hexdigest()
         name = Path(options.path).name
-        splits = prompt_splits(self, official, options, digest=digest, edition="as given")
+        splits = prompt_splits(
+            self, official, options, digest=hash_of_splits(files), edition="as given"
+        )
         splits.edition = f"{name} (as given)"
         splits.about["source"] = str(options.path)
         return splits
 
 
-def _find(given: str) -> dict[str, Path]:
-    if given.endswith((".jsonl", ".jsonl.gz")):
-        return {"train": locate(given, option="path")}
-    folder = locate(given, option="path", folder=True)
-    found: dict[str, Path] = {}
-    for role, stems in _ROLES.items():
-        names = [f"{stem}.jsonl{packed}" for stem in stems for packed in ("", ".gz")]
-        there = [folder / name for name in names if (folder / name).is_file()]
-        if len(there) > 1:
-            raise DataError(f"{folder}: both {there[0].name} and {there[1].name} are {role} data")
-        if there:
-            found[role] = there[0]
-    if "train" not in found:
-        raise DataError(f"{folder} holds no train.jsonl (or train.jsonl.gz)")
-    return found
-
-
 def _pairs(path: Path, options: PromptResponseOptions) -> list[Pair]:
     rows: list[tuple[str, list[str]]] = []
-    for line, entry in _lines(path):
+    for line, entry in json_lines(read_text(path), path):
         if options.limit is not None and len(rows) == options.limit:
             break
         where = f"{path}, line {line}"
@@ -170,22 +149,3 @@ def _said(entry: Mapping[str, Any], field: str | None, where: str) -> list[str]:
             f"{where}: a text, or a list of texts, is needed in the field '{name}', found {found!r}"
         )
     return list(texts)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            content = opened.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}, line {number}: an object is needed, not {line[:60]}")
-        yield number, entry

@@ -7,16 +7,8 @@ import io
 from typing import ClassVar
 
 from stillhouse.batch import Splits
-from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
-from stillhouse.data.labelled_lines import (
-    Entry,
-    UnsplitTextOptions,
-    found_lines,
-    read_lines,
-    split_off_test,
-)
-from stillhouse.data.text_rows import text_splits
+from stillhouse.data.labelled_lines import Entry, UnsplitTextOptions, unsplit_texts
 
 CLASSES = ("negative", "neutral", "positive")
 _URL = (
@@ -48,11 +40,7 @@ class Sentiment140(DataSet[UnsplitTextOptions]):
 
     def open(self, options: UnsplitTextOptions, seed: int) -> Splits:
         """Splits "train" and "test"."""
-        path = found_lines(self, self.files[0], _URL, parse)
-        digest = content_hash(path)
-        official = split_off_test(read_lines(path, len(CLASSES)), options, self.name)
-        edition = self.edition_of(digest)
-        return text_splits(self, official, options, classes=CLASSES, digest=digest, edition=edition)
+        return unsplit_texts(self, options, _URL, parse, classes=CLASSES)
 
 
 def parse(content: bytes) -> list[Entry]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +13,20 @@ import torch
 from pydantic import Field
 
 from stillhouse.batch import Splits
-from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.options import OwnOptions, TextOptions
-from stillhouse.data.roots import locate
+from stillhouse.data.split_files import (
+    files_of_splits,
+    hash_of_splits,
+    json_lines,
+    read_text,
+)
 from stillhouse.data.splitting import hold_out
 from stillhouse.data.text_rows import TextRows, text_splits
 from stillhouse.errors import DataError, RecipeError, nearest
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
-_ROLES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test",),
-}
+_WANTED = f"train file (train with one of {', '.join(_SUFFIXES)}, with .gz or without)"
 
 
 class TextFileOptions(OwnOptions, TextOptions):
@@ -58,7 +55,7 @@ class TextFiles(DataSet[TextFileOptions]):
 
     def open(self, options: TextFileOptions, seed: int) -> Splits:
         """The splits there are; "test" is held out of train where there is none."""
-        files = _find(options.path)
+        files = files_of_splits(options.path, _SUFFIXES, _WANTED)
         rows = {role: _read(path, options.text, options.label) for role, path in files.items()}
         classes = _classes(rows["train"], files["train"])
         number = {name: place for place, name in enumerate(classes)}
@@ -80,19 +77,18 @@ class TextFiles(DataSet[TextFileOptions]):
                 name=str(files["train"]),
             )
             whole = official["train"]
-            for role, keep in (("test", held), ("train", ~held)):
-                chosen = keep.nonzero()[:, 0]
-                texts = [whole.texts[row] for row in chosen.tolist()]
-                official[role] = TextRows(texts, whole.labels[chosen])
+            official |= {"test": whole.where(held), "train": whole.where(~held)}
         elif options.test is not None:
             raise RecipeError(
                 f"data option 'test': {options.path} has a test split; leave 'test' out"
             )
-        digest = hashlib.sha256(
-            "".join(f"{role}:{content_hash(path)};" for role, path in files.items()).encode()
-        ).hexdigest()
         splits = text_splits(
-            self, official, options, classes=classes, digest=digest, edition="own texts"
+            self,
+            official,
+            options,
+            classes=classes,
+            digest=hash_of_splits(files),
+            edition="own texts",
         )
         splits.edition = f"{Path(options.path).name} (own texts)"
         splits.about["source"] = str(options.path)
@@ -108,41 +104,15 @@ class Row:
     line: int
 
 
-def _find(given: str) -> dict[str, Path]:
-    """The file of each split."""
-    suffix = "".join(Path(given).suffixes[-2:] if given.endswith(".gz") else [Path(given).suffix])
-    if suffix.removesuffix(".gz") in _SUFFIXES:
-        return {"train": locate(given, option="path")}
-    folder = locate(given, option="path", folder=True)
-    found: dict[str, Path] = {}
-    for role, stems in _ROLES.items():
-        names = [f"{s}{suffix}{gz}" for s in stems for suffix in _SUFFIXES for gz in ("", ".gz")]
-        there = [folder / name for name in names if (folder / name).is_file()]
-        if len(there) > 1:
-            raise DataError(f"{folder}: both {there[0].name} and {there[1].name} are {role} data")
-        if there:
-            found[role] = there[0]
-    if "train" not in found:
-        raise DataError(
-            f"{folder} holds no train file (train with one of {', '.join(_SUFFIXES)}, with .gz or "
-            "without)"
-        )
-    return found
-
-
 def _read(path: Path, text: str, label: str) -> list[Row]:
     """All rows of a file.
 
     Raises:
         DataError: damaged, not UTF-8, a missing column, an empty text or label; names the line.
     """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            content = opened.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    content = read_text(path)
     kind = Path(path.name.removesuffix(".gz")).suffix
-    pairs = _json_lines(content, path) if kind == ".jsonl" else _table(content, path, kind)
+    pairs = json_lines(content, path) if kind == ".jsonl" else _table(content, path, kind)
     rows = []
     for line, entry in pairs:
         for wanted in (text, label):
@@ -162,20 +132,6 @@ def _read(path: Path, text: str, label: str) -> list[Row]:
     if not rows:
         raise DataError(f"{path} is empty: it holds no rows")
     return rows
-
-
-def _json_lines(content: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}, line {number}: an object is needed, not {line[:60]}")
-        yield number, entry
 
 
 def _table(content: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -27,6 +27,15 @@ class TextRows:
     texts: Sequence[str]
     labels: Tensor
 
+    def where(self, keep: Tensor) -> TextRows:
+        """The rows that are kept.
+
+        Args:
+            keep: (N,) bool.
+        """
+        chosen = keep.nonzero()[:, 0]
+        return TextRows([self.texts[row] for row in chosen.tolist()], self.labels[chosen])
+
 
 def text_splits(
     data: DataSet[Any],

@@ -137,12 +137,7 @@ class TrajectoryMatching(Objective):
 
     def prepare(self, batch: Batch, clock: Clock) -> Batch:
         """Adds the segments (`begin`, `target` (B, P)) and where they begin (`epoch` (B,))."""
-        low, high = self.window(clock)
-
-        def draw(rows: int, rng: torch.Generator) -> Tensor:
-            return torch.randint(low, high, (rows,), generator=rng)
-
-        epochs = clock.draw("start epoch", batch, draw).cpu()
+        epochs = clock.randint("start epoch", batch, *self.window(clock)).cpu()
         pairs = [
             self.trajectories.segment(int(expert), int(epoch), self.span)
             for expert, epoch in zip(batch["id"], epochs, strict=True)

@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stillhouse.artifact import Artifact
 from stillhouse.batch import Source, read_rows
 from stillhouse.engine.job import Job
 from stillhouse.losses.sequence import IGNORED
+from stillhouse.method import Method
 from stillhouse.metrics.kept_information import Information
 from stillhouse.metrics.tagging import auc, f1
 from stillhouse.parts.requests import chat, enclose, unwrap
@@ -181,6 +183,11 @@ def ask_to_shorten(
     )
 
 
+def words_of(text: str) -> list[str]:
+    """The words of `split_words`, without where they stand."""
+    return [word.text for word in split_words(text)]
+
+
 def label_words(
     source: str, shortened: str, how: Shortening
 ) -> tuple[list[Word], list[int], Alignment]:
@@ -196,7 +203,7 @@ def label_words(
         unless they are aligned).
     """
     words = split_words(source)
-    left = [w.text for w in split_words(shortened)]
+    left = words_of(shortened)
     aligned = [i for i, w in enumerate(words) if how.commas == "align" or w.text != ","]
     if how.commas != "align":
         left = [word for word in left if word != ","]
@@ -361,6 +368,24 @@ def judge_scores(
     figures = {"auc": auc(values, truth), **f1(chosen, truth), "rate": rate, **ours.compute()}
     figures |= {f"teacher_{name}": value for name, value in theirs.compute().items()}
     return figures
+
+
+class WordDeletion(Method):
+    """Base of baselines that learn nothing but counts: a subclass writes `scorer`."""
+
+    def scorer(self, job: Job) -> Callable[[str], list[float]]:
+        """A text to a score per word of `split_words`: higher is kept first."""
+        raise NotImplementedError(f"{type(self).__name__} does not define scorer")
+
+    def run(self, job: Job) -> Artifact:
+        """Nothing is learnt; what is counted is counted when judging."""
+        return Artifact("analysis", meta={"data": job.splits.edition})
+
+    def judge(self, job: Job, artifact: Artifact) -> dict[str, float]:
+        """As the compressors are judged, on the same words."""
+        score = self.scorer(job)
+        labelled, entities = judged_words(job, Shortening())
+        return judge_scores(labelled, entities, lambda texts: [score(text) for text in texts])
 
 
 def _teacher_rate(labelled: Sequence[Labelled]) -> float:

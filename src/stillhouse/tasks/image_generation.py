@@ -178,11 +178,7 @@ class Denoising(Objective):
         net: NoiseNet = self.student  # type: ignore[assignment]
         x0 = to_range(batch.view("x")).to(next(net.parameters()).dtype)
         schedule, labels = net.schedule, batch["target"]
-
-        def draw(rows: int, rng: Generator) -> Tensor:
-            return torch.randint(0, len(schedule), (rows,), generator=rng)
-
-        times = clock.draw("times", batch, draw)
+        times = clock.randint("times", batch, 0, len(schedule))
         noise = clock.randn("noise", batch, *x0.shape[1:]).to(x0)
         if self.dropout > 0 and net.null is not None:
             hidden = clock.rand("label dropout", batch) < self.dropout
