@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,17 @@ def find_head(module: nn.Module) -> str:
         if own:
             return own[-1]
     return linear[-1]
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode; afterwards in the mode it was in, also where something failed."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 class Net(nn.Module):
@@ -207,6 +219,13 @@ class Net(nn.Module):
         if not self._checked:
             self._check(caught)
         out["taps"] = caught
+        return out
+
+    def tried(self, view: Any) -> Output:
+        """What the model gives for a view: in eval mode, without gradient, on its own device."""
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        with in_eval_mode(self), torch.no_grad():
+            out: Output = self(view.to(device) if hasattr(view, "to") else view)
         return out
 
     def _call(self, view: Any) -> Any:

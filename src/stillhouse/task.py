@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from stillhouse.batch import Batch, Sample, Splits, stack
+from stillhouse.batch import Batch, Sample, Splits, read_rows, stack
 from stillhouse.errors import RecipeError
 from stillhouse.net import Net, Output
 
@@ -72,6 +73,12 @@ class Task:
     def collate(self, samples: list[Sample]) -> Batch:
         """Join samples of sources without a batched fast path."""
         return stack(samples)
+
+    def first_rows(self, count: int = 1) -> Batch:
+        """So many rows of the training data, or of what there is, by which models are tried."""
+        split = "train" if "train" in self.splits else next(iter(self.splits))
+        source = (self.splits.judging() if split == "test" else self.splits)[split]
+        return read_rows(source, torch.arange(min(count, len(source))), None, self.collate)
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
         """Wrap a model for this task: normalisation, call rule, taps."""

@@ -27,6 +27,7 @@ from stillhouse.clock import Clock
 from stillhouse.errors import ModelError
 from stillhouse.losses.bev import heat_distance, masked_features, masked_mean
 from stillhouse.method import Card, Claim, MethodConfig, StudentTraining, Variant
+from stillhouse.net import in_eval_mode
 from stillhouse.objective import Count, Objective
 from stillhouse.parts.centre_maps import gaussian_mask
 from stillhouse.tasks.driving import GridNet, boxes_in_batch
@@ -211,11 +212,8 @@ def _maps(
     move = getattr(teacher, "to", None)
     if move is not None:
         move(job.device)
-    training = student.training
-    student.eval()
-    with no_grad():
+    with in_eval_mode(student), no_grad():
         out, known = student(batch.view("x")), teacher.knowledge(batch)
-    student.train(training)
     config, ours, theirs = objective.config, {}, {}
     if config.features:
         ours["map"], theirs["map"] = out["taps"][config.tap], known.tensor(objective.tap.key)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -123,10 +122,7 @@ class CWD(StudentTraining):
                 student.add_tap(_TAP, getattr(student.module, "taps", {}).get(_TAP))
             teacher.bind((Want(f"tap:{_TAP}"),), job.task)
             view = job.task.example_view().to(job.device)
-            training = student.training
-            with torch.no_grad():
-                own = student.eval()(view)["taps"][_TAP].shape[1]
-            student.train(training)
+            own = student.tried(view)["taps"][_TAP].shape[1]
             theirs = teacher.knowledge(Batch(x=view)).tensor(f"tap:{_TAP}").shape[1]
             projector = job.build(lambda: nn.Conv2d(own, theirs, 1), "projector")
         return CWDObjective(student, job.task, self.config, projector)

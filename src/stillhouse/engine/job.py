@@ -28,7 +28,7 @@ from stillhouse.engine.log import RunLog
 from stillhouse.engine.loop import Stage, State, StopRequest, loop
 from stillhouse.engine.step import Clip, Factory, Gradient, Schedule
 from stillhouse.errors import RecipeError, RunFolderError
-from stillhouse.net import Net, Output
+from stillhouse.net import Net, Output, in_eval_mode
 from stillhouse.objective import Objective
 from stillhouse.task import Task
 from stillhouse.teacher import Teacher
@@ -618,15 +618,12 @@ class Job:
         order = Shuffled(source, size, shuffle=False, augment=False, collate=self.task.collate)
         own = getattr(model, "view", "x")
         view = self.task.views()[0] if own == "x" else own
-        training = model.training
-        model.eval()
-        with torch.inference_mode(), self.hardware.autocast():
+        with in_eval_mode(model), torch.inference_mode(), self.hardware.autocast():
             for rows in order.epoch(0, lambda: generator(0)):
                 batch_of = self._own(order, rows)
                 if batch_of is None:
                     continue
                 take(model(batch_of.view(view)), batch_of)
-        model.train(training)
 
     def _own(self, order: Order, rows: Any) -> Batch | None:
         world, rank = self.hardware.world, self.hardware.rank

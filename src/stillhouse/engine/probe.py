@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.net import in_eval_mode
+
 ROUNDS = 5
 LONGEST_FORWARD = 2.0  # seconds of a teacher's forward, above which no larger batch is tried
 
@@ -67,9 +69,7 @@ def labelling(net: nn.Module, view: Any, size: int) -> dict[str, float] | None:
     sizes = sorted({s for s in (size // 4, size // 2, size, 2 * size, 4 * size) if s >= 1})
     sizes = [s for s in sizes if s <= len(view)]
     least = dict.fromkeys(sizes, float("inf"))
-    training = net.training
-    net.eval()
-    with torch.inference_mode():
+    with in_eval_mode(net), torch.inference_mode():
         for number in range(3):
             for rows in list(sizes):
                 spent = _timed(lambda rows=rows: net(view[:rows]))  # type: ignore[misc]
@@ -78,7 +78,6 @@ def labelling(net: nn.Module, view: Any, size: int) -> dict[str, float] | None:
                 elif spent > LONGEST_FORWARD and rows >= size:
                     sizes = [s for s in sizes if s <= rows]
                     break
-    net.train(training)
     tried = {rows: least[rows] for rows in sizes}
     best = min(tried, key=lambda rows: tried[rows])
     return {"batch": best, "ratio": tried[best] / tried[size]}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from stillhouse.errors import MissingExtra, ModelError, nearest
 from stillhouse.models.loading import find_folder, find_weights, load_model, read_weights
+from stillhouse.net import in_eval_mode
 from stillhouse.parts.heads import TextHead
 from stillhouse.parts.text_classifier import Normalise, cache_logits, class_vectors, prompts_of
 
@@ -167,17 +168,14 @@ def _pooled(out: Any) -> Tensor:
 def _encoded(model: Any, tokenizer: Any, texts: Sequence[Sequence[str]]) -> Tensor:
     """(classes, templates, width) embeddings of the texts, as the text tower gives them."""
     flat = [text for own in texts for text in own]
-    training = model.training
-    model.eval()
     parts = []
-    with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         for start in range(0, len(flat), _BLOCK):
             given = tokenizer(
                 flat[start : start + _BLOCK], padding=True, truncation=True, return_tensors="pt"
             )
             known = {k: v for k, v in given.items() if k in {"input_ids", "attention_mask"}}
             parts.append(_pooled(model.get_text_features(**known)).float())
-    model.train(training)
     return torch.cat(parts).view(len(texts), len(texts[0]), -1)
 
 

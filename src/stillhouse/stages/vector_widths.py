@@ -21,12 +21,7 @@ def student_width(job: Any, student: Net) -> int:
     Raises:
         ModelError: it gives no vectors.
     """
-    training = student.training
-    student.eval()
-    with torch.no_grad():
-        view = job.task.example_view(student.view)
-        out = student(view.to(job.device) if hasattr(view, "to") else view)
-    student.train(training)
+    out = student.tried(job.task.example_view(student.view))
     return _width("student", out.get("embedding"))
 
 

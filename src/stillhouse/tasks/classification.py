@@ -101,29 +101,18 @@ class Classification(Task):
         return found
 
     def _sample(self, view: str) -> Any:
-        from stillhouse.batch import read_rows
-
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        source = self.splits[split]
-        rows = torch.arange(min(2, len(source)))
-        return read_rows(source, rows, None, self.collate).view(view)
+        return self.first_rows(2).view(view)
 
     def _check_net(self, role: str, net: Net, view: Any) -> None:
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        training = net.training
-        net.eval()
         view, ids = self._with_last_id(view)
         try:
-            with torch.no_grad():
-                out = net(view.to(device) if isinstance(view, Tensor) else view)
+            out = net.tried(view)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shape = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
             raise ModelError(
                 f"the {role} {type(net.module).__name__} cannot read the data "
                 f"'{self.splits.edition}' with views of shape {shape}{ids}: {error}"
             ) from error
-        finally:
-            net.train(training)
         if "logits" not in out:
             raise ModelError(
                 f"the {role} {type(net.module).__name__} gives {sorted(out)}, no logits: "

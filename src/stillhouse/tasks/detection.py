@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.artifact import Predictor
-from stillhouse.batch import Batch, Sample, read_rows
+from stillhouse.batch import Batch, Sample
 from stillhouse.data.box_source import boxed_batch
 from stillhouse.errors import DataError, ModelError
 from stillhouse.metrics.detection import Detections
 from stillhouse.models.detector_net import DetectorNet, Features, targets_of
-from stillhouse.net import Net, Output
+from stillhouse.net import Net, Output, in_eval_mode
 from stillhouse.task import Metric, Task
 
 _SHOWN = 4  # images whose boxes are drawn in a report
@@ -93,10 +93,8 @@ class Detection(Task):
             raise ModelError(f"the {role} {kind} is no detector")
         wanted = len(self.categories)
         batch = self._sample()
-        training = net.training
-        net.eval()
         try:
-            with torch.no_grad():
+            with in_eval_mode(net), torch.no_grad():
                 features = net.features(batch.view("x"))
                 proposals = net.propose(features)
                 boxes = [own[:2] for own in proposals]
@@ -106,8 +104,6 @@ class Detection(Task):
             raise ModelError(
                 f"the {role} {kind} cannot read images of shape {shape}: {error}"
             ) from error
-        finally:
-            net.train(training)
         if found != wanted:
             raise ModelError(
                 f"the {role} {kind} knows {found} categories beside the background, the data "
@@ -121,9 +117,7 @@ class Detection(Task):
         return self._sample().view(view)[:1]
 
     def _sample(self) -> Batch:
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        opened = self.splits if split != "test" else self.splits.judging()
-        return read_rows(opened[split], torch.arange(1), None, self.collate)
+        return self.first_rows()
 
     def predictor(self, net: Net) -> Predictor:
         """Images in, detections out."""

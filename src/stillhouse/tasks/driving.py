@@ -312,20 +312,15 @@ class Driving(Task):
                 self._check_net(role, net, view)
 
     def _check_net(self, role: str, net: Net, view: Batch) -> None:
-        name, training = type(net.module).__name__, net.training
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        net.eval()
+        name = type(net.module).__name__
         try:
-            with torch.no_grad():
-                out = net(view.to(device))
+            out = net.tried(view)
         except ModelError as error:
             raise ModelError(f"the {role} {name}: {error}") from error
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             raise ModelError(
                 f"the {role} {name} cannot read frames with {sorted(view)}: {error}"
             ) from error
-        finally:
-            net.train(training)
         found, wanted = out["heat"].shape[1], len(self.categories)
         if found != wanted:
             raise ModelError(
@@ -344,10 +339,7 @@ class Driving(Task):
 
     def example_view(self, view: str = "x") -> Any:
         """One frame."""
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        opened = self.splits if split != "test" else self.splits.judging()
-        found: Batch = read_rows(opened[split], torch.arange(1), None, self.collate).view(view)
-        return found
+        return self.first_rows().view(view)
 
     def predictor(self, net: Net) -> Predictor:
         """Frames in, boxes out."""
@@ -373,11 +365,7 @@ def _pictures(
     found: dict[str, Any] = {}
     for role, net in (("student", student), ("teacher", teacher)):
         if isinstance(net, GridNet):
-            training = net.training
-            net.eval()
-            with torch.no_grad():
-                out = net(batch.view("x"))
-            net.train(training)
+            out = net.tried(batch.view("x"))
             found[role] = (detections(out["head"], out["grid"], how), out)
     pictures = []
     for row in range(len(batch["boxes"])):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
-from stillhouse.batch import read_rows
 from stillhouse.errors import DataError, ModelError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.ranking import Retrieval
@@ -73,18 +72,13 @@ class Embedding(Task):
                 self._check_net(role, net, self.example_view(net.view))
 
     def _check_net(self, role: str, net: Net, view: Any) -> None:
-        name, training = type(net.module).__name__, net.training
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        net.eval()
+        name = type(net.module).__name__
         try:
-            with torch.no_grad():
-                found = net(view.to(device) if isinstance(view, Tensor) else view).get("embedding")
+            found = net.tried(view).get("embedding")
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ModelError(
                 f"the {role} {name} cannot read the data '{self.splits.edition}': {error}"
             ) from error
-        finally:
-            net.train(training)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(view):
             shape = tuple(found.shape) if isinstance(found, Tensor) else "no tensor 'embedding'"
             raise ModelError(
@@ -94,10 +88,7 @@ class Embedding(Task):
 
     def example_view(self, view: str = "x") -> Any:
         """Two rows of the training data; of texts where there is no other view."""
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        source = self.splits[split]
-        rows = torch.arange(min(2, len(source)))
-        batch = read_rows(source, rows, None, self.collate)
+        batch = self.first_rows(2)
         return batch.view("text" if view == "x" and "x" not in batch else view)
 
     def predictor(self, net: Net) -> Predictor:

@@ -23,7 +23,7 @@ from stillhouse.losses.score import guided, noise_prediction
 from stillhouse.metrics.generation import forgotten, frechet_distance, recognised
 from stillhouse.models.diffusers_unet import DiffusersUNet, is_unet2d
 from stillhouse.models.small_cnn import SmallCNN
-from stillhouse.net import Net, Output
+from stillhouse.net import Net, Output, in_eval_mode
 from stillhouse.objective import Objective
 from stillhouse.parts.distilled_set import DistilledSet
 from stillhouse.parts.noise import NoiseSchedule, Predict, Sampler
@@ -150,14 +150,13 @@ def draw_images(
     """
     place = next(net.parameters())
     noise = torch.randn(len(condition), *shape, generator=rng)
-    training = net.training
-    net.eval()
+    parts = zip(torch.split(noise, batch), torch.split(condition, batch), strict=True)
     made = []
-    for part, asked in zip(torch.split(noise, batch), torch.split(condition, batch), strict=True):
-        start = part.to(place.device, place.dtype)
-        predict = net.predict(asked.to(place.device), net.guidance)
-        made.append(to_images(net.sampler(predict, start, net.schedule)).float().cpu())
-    net.train(training)
+    with in_eval_mode(net):
+        for part, asked in parts:
+            start = part.to(place.device, place.dtype)
+            predict = net.predict(asked.to(place.device), net.guidance)
+            made.append(to_images(net.sampler(predict, start, net.schedule)).float().cpu())
     return torch.cat(made)
 
 
@@ -342,20 +341,15 @@ class ImageGeneration(Task):
                 f"{len(self.classes)}"
             )
         place = next(net.parameters(), torch.zeros(1))
-        training = net.training
-        net.eval()
         view = {k: v.to(place.device) for k, v in self.example_view().items()}
         view["noisy"] = view["noisy"].to(place.dtype)
         try:
-            with torch.no_grad():
-                out = net(view)
+            out = net.tried(view)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ModelError(
                 f"{name} cannot be called as a noise predictor (noisy {self.shape}, time, "
                 f"condition): {error}"
             ) from error
-        finally:
-            net.train(training)
         if "noise" not in out or tuple(out["noise"].shape[1:]) != self.shape:
             found = {k: tuple(v.shape) for k, v in out.items() if isinstance(v, Tensor)}
             raise ModelError(f"{name} gives {found}, where noise of shape {self.shape} is needed")

@@ -127,10 +127,6 @@ class NodeClassification(Classification):
         """One node of the training data, with the graph that is seen."""
         return self._sample(view).narrow(0, 1)
 
-    def _check_net(self, role: str, net: Net, view: Any) -> None:
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        super()._check_net(role, net, view.to(device))
-
     def predictor(self, net: Net) -> Predictor:
         """Class names with probabilities, of rows of features or of a graph."""
         return NodeClassifier(

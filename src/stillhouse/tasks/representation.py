@@ -15,7 +15,7 @@ from stillhouse.errors import DataError
 from stillhouse.losses.chunked import wide
 from stillhouse.losses.contrastive import supcon
 from stillhouse.metrics.probe import Separation, few_labels, probed
-from stillhouse.net import Net, Output
+from stillhouse.net import Net, Output, in_eval_mode
 from stillhouse.parts.series import left_padded
 from stillhouse.task import Metric
 from stillhouse.tasks.embedding import Embedding
@@ -123,17 +123,15 @@ class Representation(Embedding):
             augment=False,
             collate=self.collate,
         )
-        training, vectors, labels = model.training, [], []
+        vectors, labels = [], []
         view = getattr(model, "view", "x")
-        model.eval()
-        with torch.inference_mode(), job.hardware.autocast():
+        with in_eval_mode(model), torch.inference_mode(), job.hardware.autocast():
             for rows in order.epoch(0, lambda: generator(0)):
                 batch = order.read(rows, Views(0)).to(job.device)
                 vectors.append(model(batch.view(view))["embedding"].float().cpu())
                 if "target" not in batch:
                     raise DataError(f"the split '{split}' has no labels for a probe")
                 labels.append(batch["target"].cpu())
-        model.train(training)
         return torch.cat(vectors), torch.cat(labels)
 
     def _check_net(self, role: str, net: Net, view: Any) -> None:

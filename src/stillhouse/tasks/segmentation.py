@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stillhouse.artifact import Predictor
-from stillhouse.batch import Batch, read_rows
+from stillhouse.batch import Batch
 from stillhouse.errors import DataError, ModelError
 from stillhouse.losses.chunked import wide
 from stillhouse.losses.spatial import IGNORE, pixel_cross_entropy
@@ -120,20 +120,15 @@ class Segmentation(Task):
                 self._check_net(role, net, batch.view(net.view))
 
     def _check_net(self, role: str, net: Net, view: Any) -> None:
-        name, training = type(net.module).__name__, net.training
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        net.eval()
+        name = type(net.module).__name__
         try:
-            with torch.no_grad():
-                out = net(view.to(device) if isinstance(view, Tensor) else view)
+            out = net.tried(view)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shape = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
             raise ModelError(
                 f"the {role} {name} cannot read the data '{self.splits.edition}' with images of "
                 f"shape {shape}: {error}"
             ) from error
-        finally:
-            net.train(training)
         logits = out.get("logits")
         if not isinstance(logits, Tensor):
             raise ModelError(
@@ -157,10 +152,7 @@ class Segmentation(Task):
         return self._sample().view(view)[:1]
 
     def _sample(self) -> Batch:
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        opened = self.splits if split != "test" else self.splits.judging()
-        source = opened[split]
-        return read_rows(source, torch.arange(min(2, len(source))), None, self.collate)
+        return self.first_rows(2)
 
     def predictor(self, net: Net) -> Predictor:
         """Images in, label maps out."""

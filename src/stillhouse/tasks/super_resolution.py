@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.artifact import Predictor
-from stillhouse.batch import Batch, read_rows
+from stillhouse.batch import Batch
 from stillhouse.errors import DataError, ModelError
 from stillhouse.metrics.super_resolution import Fidelity, to_grey_levels
 from stillhouse.models.bicubic import Bicubic
@@ -186,9 +186,7 @@ class SuperResolution(Task):
 
     def _sample(self) -> Batch:
         """One pair, cut to `_SIDE`: whole images would make measuring size and speed slow."""
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        opened = self.splits if split != "test" else self.splits.judging()
-        pair = read_rows(opened[split], torch.arange(1), None, self.collate)
+        pair = self.first_rows()
         side, scale = _SIDE, self.scale
         pair["x"] = pair["x"][..., :side, :side]
         pair["target"] = pair["target"][..., : side * scale, : side * scale]
@@ -196,13 +194,9 @@ class SuperResolution(Task):
 
     def _check_net(self, role: str, net: Net, batch: Batch) -> None:
         view, target = batch.view("x"), batch["target"]
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
         name = type(net.module).__name__
-        training = net.training
-        net.eval()
         try:
-            with torch.no_grad():
-                out = net(view.to(device))
+            out = net.tried(view)
         except ModelError as error:
             raise ModelError(
                 f"the {role} {name} cannot enlarge by {self.scale}: {error}"
@@ -211,8 +205,6 @@ class SuperResolution(Task):
             raise ModelError(
                 f"the {role} {name} cannot read images of shape {tuple(view.shape)}: {error}"
             ) from error
-        finally:
-            net.train(training)
         image = out.get("image")
         if not isinstance(image, Tensor):
             raise ModelError(f"the {role} {name} gives {sorted(out)}, no image")

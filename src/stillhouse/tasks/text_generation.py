@@ -91,9 +91,7 @@ class TextGeneration(Task):
         return batch["tokens"] if view == "x" else batch.view(view)
 
     def _rows(self, count: int) -> Batch:
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        source = self.splits[split]
-        return read_rows(source, torch.arange(min(count, len(source))), None, self.collate)
+        return self.first_rows(count)
 
     # -- models ------------------------------------------------------------------------------
 
