@@ -303,13 +303,11 @@ class TensorSource:
         return len(next(iter(self.views.values())))
 
     def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
-        index = int(item[0])
-        rows = torch.tensor([index])
-        batch = self._gather(rows)
+        """One sample; augmented by the generator where there is one."""
+        views = None
         if self.augment is not None and item[1] is not None:
-            seed = int(torch.randint(0, 1 << 31, (), generator=item[1]))
-            batch = self.augment(batch, Views(seed))
-        return {k: v[0] for k, v in batch.items()}
+            views = Views(int(torch.randint(0, 1 << 31, (), generator=item[1])))
+        return {k: v[0] for k, v in self.read(torch.tensor([int(item[0])]), views).items()}
 
     @property
     def row_bytes(self) -> int:

@@ -267,6 +267,13 @@ class Teacher(Protocol):
         ...
 
 
+def to_device(teacher: Teacher, device: torch.device) -> None:
+    """Move a teacher that lies on a device; a store, a function or an endpoint lies on none."""
+    move = getattr(teacher, "to", None)
+    if move is not None:
+        move(device)
+
+
 @dataclass(frozen=True)
 class Request:
     """One question to a speaker, in the form of a chat completion.

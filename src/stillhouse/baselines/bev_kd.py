@@ -31,7 +31,7 @@ from stillhouse.net import in_eval_mode
 from stillhouse.objective import Count, Objective
 from stillhouse.parts.centre_maps import gaussian_mask
 from stillhouse.tasks.driving import GridNet, boxes_in_batch
-from stillhouse.teacher import Knowledge, Want
+from stillhouse.teacher import Knowledge, Want, to_device
 
 HEAT, REGRESSION = Want("heat"), Want("regression")
 
@@ -209,9 +209,7 @@ def _maps(
     """One frame through both: the maps that will be compared."""
     order = job.order("train", 1, shuffle=False)
     batch = order.read(order.epoch(0, lambda: job.rng("look"))[0], job.views()).to(job.device)
-    move = getattr(teacher, "to", None)
-    if move is not None:
-        move(job.device)
+    to_device(teacher, job.device)
     with in_eval_mode(student), no_grad():
         out, known = student(batch.view("x")), teacher.knowledge(batch)
     config, ours, theirs = objective.config, {}, {}

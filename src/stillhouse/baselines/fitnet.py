@@ -28,7 +28,7 @@ from stillhouse.objective import Objective
 from stillhouse.parts.heads import ExtraHead
 from stillhouse.stages.soft_targets import SoftTargetsConfig
 from stillhouse.task import Task
-from stillhouse.teacher import Knowledge, Want
+from stillhouse.teacher import Knowledge, Want, to_device
 
 EMBEDDING = Want("tap:head:input")
 
@@ -115,9 +115,7 @@ class FitNet(StudentTraining):
             TeacherError: the teacher gives no vector per row as its head's input.
         """
         teacher.bind(FitNetObjective.wants, job.task)
-        move = getattr(teacher, "to", None)
-        if move is not None:
-            move(job.device)
+        to_device(teacher, job.device)
         row = job.order("train", 1, shuffle=False, augment=augmented(job))
         batch = row.read(row.epoch(0, lambda: job.rng("row"))[0], job.views()).to(job.device)
         shape = teacher.knowledge(batch).tensor(EMBEDDING.key).shape

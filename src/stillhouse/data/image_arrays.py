@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.batch import Batch, Sample, Source, Splits, TensorSource
+from stillhouse.batch import Batch, Source, Splits, TensorSource
 from stillhouse.clock import Views
 from stillhouse.data.affine_images import AffineImages
 from stillhouse.data.augment_images import AugmentImages
@@ -50,13 +50,6 @@ class ImageSource(TensorSource):
     A quarter of the memory is moved that augmenting floats would move; at steps of a
     millisecond that counts. Arguments as for `TensorSource`.
     """
-
-    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
-        """One sample; augmented by the generator where there is one."""
-        views = None
-        if self.augment is not None and item[1] is not None:
-            views = Views(int(torch.randint(0, 1 << 31, (), generator=item[1])))
-        return {k: v[0] for k, v in self.read(torch.tensor([int(item[0])]), views).items()}
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """The samples at positions `rows`; augmented unless `views` is None."""

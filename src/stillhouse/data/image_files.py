@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,32 @@ def decode_image(content: bytes | str | Path, name: str = "") -> Pixels:
             return np.array(image.convert("RGB"), dtype=np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name} cannot be read as an image: {error}") from None
+
+
+def as_image(value: Any) -> Tensor:
+    """An image from a user's hands as a float32 one (3, H, W) in [0, 1]; greyscale is repeated.
+
+    Args:
+        value: a tensor (3, H, W) or (1, H, W), uint8 or in [0, 1]; a PIL image; or an array
+            (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        DataError: another shape or type.
+    """
+    if isinstance(value, Tensor):
+        image = value.float() / 255.0 if value.dtype == torch.uint8 else value.float()
+    else:
+        array = np.asarray(value.convert("RGB") if hasattr(value, "convert") else value)
+        if array.ndim == 2:
+            array = array[:, :, None]
+        if array.ndim != 3 or array.dtype != np.uint8:
+            raise DataError(
+                f"an array must be (H, W) or (H, W, 3) uint8, got {array.shape} {array.dtype}"
+            )
+        image = torch.from_numpy(np.array(array)).permute(2, 0, 1).float() / 255.0
+    if image.ndim != 3 or image.shape[0] not in {1, 3} or min(image.shape) < 1:
+        raise DataError(f"an image must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
 def as_tensor(pixels: Pixels) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.batch import Batch, Sample, TensorSource
+from stillhouse.batch import Batch, TensorSource
 from stillhouse.clock import Views
 from stillhouse.data.augment_scenes import AugmentScenes
 from stillhouse.data.options import DataOptions
@@ -77,13 +77,6 @@ class SceneSource(TensorSource):
 
     Arguments as for `TensorSource`.
     """
-
-    def __getitem__(self, item: tuple[int, Generator | None]) -> Sample:
-        """One sample; augmented by the generator where there is one."""
-        views = None
-        if self.augment is not None and item[1] is not None:
-            views = Views(int(torch.randint(0, 1 << 31, (), generator=item[1])))
-        return {k: v[0] for k, v in self.read(torch.tensor([int(item[0])]), views).items()}
 
     def read(self, rows: Tensor, views: Views | None) -> Batch:
         """The samples at positions `rows`; augmented unless `views` is None."""

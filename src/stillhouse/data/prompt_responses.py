@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,19 @@ def _pairs(path: Path, options: PromptResponseOptions) -> list[Pair]:
     return [Pair(prompt, said[0], tuple(known[prompt])) for prompt, said in rows]
 
 
+def _field(entry: Mapping[str, Any], names: Sequence[str], option: str, where: str) -> str:
+    """The first of the names that the entry has."""
+    for name in names:
+        if name in entry:
+            return name
+    raise DataError(
+        f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option '{option}' names "
+        "the field)"
+    )
+
+
 def _prompt(entry: Mapping[str, Any], field: str | None, where: str) -> str:
-    names = PROMPTS if field is None else (field,)
-    name = next((name for name in names if name in entry), None)
-    if name is None:
-        raise DataError(
-            f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option 'prompt' names "
-            "the field)"
-        )
+    name = _field(entry, PROMPTS if field is None else (field,), "prompt", where)
     found = entry[name]
     if not isinstance(found, str) or not found.strip():
         raise DataError(f"{where}: the prompt is empty (field '{name}': {found!r})")
@@ -134,13 +139,7 @@ def _prompt(entry: Mapping[str, Any], field: str | None, where: str) -> str:
 
 
 def _said(entry: Mapping[str, Any], field: str | None, where: str) -> list[str]:
-    names = RESPONSES if field is None else (field,)
-    name = next((name for name in names if name in entry), None)
-    if name is None:
-        raise DataError(
-            f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option 'response' "
-            "names the field)"
-        )
+    name = _field(entry, RESPONSES if field is None else (field,), "response", where)
     found = entry[name]
     texts = [found] if isinstance(found, str) else found
     good = isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)

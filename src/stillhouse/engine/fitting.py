@@ -24,7 +24,7 @@ from stillhouse.engine.step import Clip, Factory, Schedule, Training
 from stillhouse.errors import RecipeError, nearest
 from stillhouse.objective import Objective
 from stillhouse.parts import schedule as schedules
-from stillhouse.teacher import Teacher
+from stillhouse.teacher import Teacher, to_device
 
 
 def optimizer_of(budget: Any) -> Factory:
@@ -411,9 +411,7 @@ def _bind(teacher: Teacher | None, objective: Objective, job: Job, data: Order) 
         reads = getattr(teacher, "reads", None)
         if reads is not None:
             reads(data, job.views().seed)
-        mover = getattr(teacher, "to", None)
-        if mover is not None:
-            mover(job.device)
+        to_device(teacher, job.device)
     for guest in objective.guests():
         guest.to(job.device)
 

@@ -9,15 +9,13 @@ from pydantic import Field
 from torch.optim import SGD
 
 from stillhouse.artifact import Artifact
-from stillhouse.engine.job import Job, Last
-from stillhouse.engine.step import Clip
+from stillhouse.engine.job import Job
 from stillhouse.errors import RecipeError
 from stillhouse.method import MethodConfig
 from stillhouse.net import Net
 from stillhouse.parts.distilled_set import Decode, DistilledSet
 from stillhouse.parts.net_pool import NetPool
 from stillhouse.parts.pixel_matching import DrawReal, PixelMatching
-from stillhouse.parts.schedule import constant
 from stillhouse.stages.fresh_nets import (
     has_batch_statistics,
     layers_of,
@@ -160,21 +158,8 @@ class PixelDistillation(SetDistillation):
     ) -> DistilledSet:
         """The set after `steps` iterations, as the stage "match"."""
         objective = self.built(job, start, real.draw)
-        every = job.budget.validate_every
-        job.fit(
-            "match",
-            objective,
-            objective.order,
-            steps=steps,
-            optim=lambda pixels: SGD(pixels, lr=lr, momentum=self.config.momentum_img),
-            schedule=constant(1.0),
-            accumulate=1,
-            clip=Clip(),
-            keep=Last(),
-            validate=self.evaluation(job, objective),
-            validate_every=every,
-            kind="synthesis",
-        )
+        momentum = self.config.momentum_img
+        self.match(job, objective, steps, lambda pixels: SGD(pixels, lr=lr, momentum=momentum))
         return objective.distilled()
 
     def built(self, job: Job, start: DistilledSet, draw_real: DrawReal) -> PixelMatching:

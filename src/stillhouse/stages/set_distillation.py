@@ -10,11 +10,13 @@ from pydantic import Field, field_validator
 
 from stillhouse._version import __version__
 from stillhouse.artifact import Artifact
-from stillhouse.engine.job import Job
+from stillhouse.engine.job import Job, Last
+from stillhouse.engine.step import Clip
 from stillhouse.errors import RecipeError
 from stillhouse.method import Method, MethodConfig
 from stillhouse.parts.augment import DSA, LAYERED_TRAINING
 from stillhouse.parts.distilled_set import Decode, DistilledSet
+from stillhouse.parts.schedule import constant
 from stillhouse.stages.fresh_nets import GIVEN, fresh_net
 from stillhouse.stages.initial_set import (
     Init,
@@ -289,6 +291,30 @@ class SetDistillation(Method):
     def label(self, job: Job, distilled: DistilledSet) -> Label | None:
         """What gives random real images labels of the set's own kind; needed for soft labels."""
         return None
+
+    def match(self, job: Job, objective: Any, steps: int, optim: Any) -> None:
+        """The stage "match": so many updates of the synthetic images, the last of which stay.
+
+        Args:
+            job: of the run.
+            objective: has `order`, `distilled()` and `steps_done`.
+            steps: iterations.
+            optim: of what is learnt, at a constant rate.
+        """
+        job.fit(
+            "match",
+            objective,
+            objective.order,
+            steps=steps,
+            optim=optim,
+            schedule=constant(1.0),
+            accumulate=1,
+            clip=Clip(),
+            keep=Last(),
+            validate=self.evaluation(job, objective),
+            validate_every=job.budget.validate_every,
+            kind="synthesis",
+        )
 
     def evaluation(self, job: Job, objective: Any) -> Callable[[], dict[str, float]]:
         """Figures of the set on validation data while it is being distilled.

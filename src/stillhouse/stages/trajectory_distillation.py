@@ -17,14 +17,14 @@ from torch.optim import SGD
 
 from stillhouse.artifact import Artifact
 from stillhouse.clock import Clock
-from stillhouse.engine.job import Job, Last
-from stillhouse.engine.step import Clip, Factory, Gradient
+from stillhouse.engine.job import Job
+from stillhouse.engine.step import Factory, Gradient
 from stillhouse.errors import RecipeError
 from stillhouse.method import MethodConfig
 from stillhouse.net import Net
 from stillhouse.parts.augment import DSA
 from stillhouse.parts.distilled_set import DistilledSet
-from stillhouse.parts.schedule import Schedule, constant
+from stillhouse.parts.schedule import Schedule
 from stillhouse.parts.trajectories import Trajectories
 from stillhouse.parts.trajectory_matching import TrajectoryMatching
 from stillhouse.parts.unroll import FlatNet
@@ -344,20 +344,7 @@ class TrajectoryDistillation(SetDistillation):
     ) -> tuple[DistilledSet, dict[str, Any]]:
         """The set after matching, as the stage "match", and what is told of it."""
         objective = self.built(start, trajectories, window)
-        job.fit(
-            "match",
-            objective,
-            objective.order,
-            steps=window.steps,
-            optim=self.optimizers(objective),
-            schedule=constant(1.0),
-            accumulate=1,
-            clip=Clip(),
-            keep=Last(),
-            validate=self.evaluation(job, objective),
-            validate_every=job.budget.validate_every,
-            kind="synthesis",
-        )
+        self.match(job, objective, window.steps, self.optimizers(objective))
         objective.refuse_standstill(_FEW)
         told = {
             "iterations": window.steps,

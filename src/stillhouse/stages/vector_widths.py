@@ -9,7 +9,7 @@ import torch
 from stillhouse.batch import read_rows, together
 from stillhouse.errors import ModelError
 from stillhouse.net import Net
-from stillhouse.teacher import Teacher, Want
+from stillhouse.teacher import Teacher, Want, to_device
 
 # Whose rows are learned from where nothing else is said: labels are not needed.
 LEARNED = ("train", "unlabelled")
@@ -32,9 +32,7 @@ def teacher_width(job: Any, teacher: Teacher) -> int:
         ModelError: it gives no vectors.
     """
     teacher.bind([Want("embedding")], job.task)
-    mover = getattr(teacher, "to", None)
-    if mover is not None:
-        mover(job.device)
+    to_device(teacher, job.device)
     source = together(job.splits, [role for role in LEARNED if role in job.splits][:1])
     batch = read_rows(source, torch.arange(1), None, job.task.collate)
     return _width("teacher", teacher.knowledge(batch.to(job.device)).tensor("embedding"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stillhouse.artifact import Predictor
 from stillhouse.batch import Batch
+from stillhouse.data.image_files import as_image, decode_image, png_targets
 from stillhouse.errors import DataError, ModelError
 from stillhouse.losses.chunked import wide
 from stillhouse.losses.spatial import IGNORE, pixel_cross_entropy
@@ -325,7 +326,7 @@ class Segmenter(Predictor):
         kind = torch.uint8 if len(self.settings.get("classes", ())) <= 256 else torch.int16
         answers = []
         for value in inputs:
-            image = _as_image(value)
+            image = as_image(value)
             own = (int(image.shape[-2]), int(image.shape[-1]))
             seen = _resized(image, self._size(options.get("size", "trained"), own))
             with torch.inference_mode():
@@ -354,7 +355,6 @@ class Segmenter(Predictor):
             DataError: nothing to read, no output, or two inputs of one output name.
         """
         from stillhouse.data.cached import write_whole
-        from stillhouse.data.image_files import decode_image, png_targets
 
         if output is None:
             raise DataError("say where the label maps go: -o FOLDER (or a .png for one image)")
@@ -401,24 +401,6 @@ def _save_picture(picture: NDArray[np.uint8], path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(picture).save(path, format="PNG")
-
-
-def _as_image(value: Any) -> Tensor:
-    """A float image (3, H, W) in [0, 1]."""
-    if isinstance(value, Tensor):
-        image = value.float() / 255.0 if value.dtype == torch.uint8 else value.float()
-    else:
-        array = np.asarray(value.convert("RGB") if hasattr(value, "convert") else value)
-        if array.ndim == 2:
-            array = array[:, :, None].repeat(3, axis=2)
-        if array.ndim != 3 or array.dtype != np.uint8:
-            raise DataError(
-                f"an array must be (H, W) or (H, W, 3) uint8, got {array.shape} {array.dtype}"
-            )
-        image = torch.from_numpy(np.array(array)).permute(2, 0, 1).float() / 255.0
-    if image.ndim != 3 or image.shape[0] not in {1, 3} or min(image.shape) < 1:
-        raise DataError(f"an image must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

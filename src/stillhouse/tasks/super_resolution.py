@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stillhouse.artifact import Predictor
 from stillhouse.batch import Batch
+from stillhouse.data.image_files import as_image, decode_image, png_targets
 from stillhouse.errors import DataError, ModelError
 from stillhouse.metrics.super_resolution import Fidelity, to_grey_levels
 from stillhouse.models.bicubic import Bicubic
@@ -272,7 +272,7 @@ class SuperResolver(Predictor):
         assert isinstance(self.module, RestorationNet)
         answers = []
         for value in inputs:
-            image = self._enlarged(_as_image(value), options)
+            image = self._enlarged(as_image(value), options)
             with torch.inference_mode():
                 made = self.module.restore(
                     image[None].to(device, non_blocking=True), tile=tile, overlap=overlap
@@ -311,7 +311,6 @@ class SuperResolver(Predictor):
                 image that cannot be read (those before it are written).
         """
         from stillhouse.data.cached import write_whole
-        from stillhouse.data.image_files import decode_image, png_targets
 
         if output is None:
             raise DataError("say where the images go: -o FOLDER (or a .png for one image)")
@@ -337,26 +336,6 @@ def _save_png(levels: Any, path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(levels).save(path, format="PNG")
-
-
-def _as_image(value: Any) -> Tensor:
-    """A float image (3, H, W) in [0, 1]; greyscale is repeated."""
-    if isinstance(value, Tensor):
-        image = value.float() / 255.0 if value.dtype == torch.uint8 else value.float()
-    elif hasattr(value, "convert"):
-        return _as_image(np.asarray(value.convert("RGB")))
-    else:
-        array = np.asarray(value)
-        if array.ndim == 2:
-            array = array[:, :, None]
-        if array.ndim != 3 or array.dtype != np.uint8:
-            raise DataError(
-                f"an array must be (H, W) or (H, W, 3) uint8, got {array.shape} {array.dtype}"
-            )
-        image = torch.from_numpy(np.array(array)).permute(2, 0, 1).float() / 255.0
-    if image.ndim != 3 or image.shape[0] not in {1, 3} or min(image.shape) < 1:
-        raise DataError(f"an image must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
 def _whole(options: Mapping[str, Any], name: str, default: int) -> int:
