@@ -406,11 +406,26 @@ KNOWS_NOTHING = (
 
 
 def knows_nothing(spec: TeacherSpec, net: Net) -> bool:
-    """Whether a teacher would be asked as the seed has left it. A folder brings its weights."""
+    """Whether a teacher would be asked as the seed has left it.
+
+    A folder brings its weights, and so does an option that names a file or folder that is there.
+    """
     if spec.train is not None or spec.weights is not None or spec.model is None:
+        return False
+    if any(_is_there(name, value) for name, value in spec.options.items()):
         return False
     parameters = any(True for _ in net.parameters())
     return parameters and not Path(spec.model).expanduser().is_dir()
+
+
+def _is_there(name: str, value: Any) -> bool:
+    """Whether an option names a file or folder; a mere word does by its own name only."""
+    if not isinstance(value, str) or not ("/" in value or name in {"folder", "weights", "path"}):
+        return False
+    try:
+        return bool(value) and Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, no such home
+        return False
 
 
 def plain_about(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,27 @@ def test_images_in_either_order(tmp_path):
     assert torch.equal(read_rows(splits["test"], torch.arange(40), Views(0))["x"], test["x"])
 
 
+def test_whole_numbers_of_a_sensor_are_series(tmp_path):
+    raw = RNG.integers(-16384, 16384, (40, 6, 30)).astype(np.int16)
+    path = write(
+        tmp_path,
+        train_x=raw,
+        train_other=raw[:, :2],
+        train_clip=images()[:, None],
+        train_y=[0, 1] * 20,
+    )
+    splits = opened(path, test=0.25, val=0)
+    batch = read_rows(splits["train"], torch.arange(30), None)
+    assert batch["x"].dtype == batch["other"].dtype == torch.float32
+    assert splits.about["input"] == [6, 30]
+    told = splits.about["views"]
+    for view in ("x", "other"):
+        own = batch[view].double()
+        assert np.allclose(told[view]["mean"], own.mean((0, 2)))
+        assert np.allclose(told[view]["std"], own.std((0, 2), correction=0))
+    assert told["clip"] == {}
+
+
 def test_grey_images_get_a_channel(tmp_path):
     path = write(tmp_path, images=images()[..., 0], labels=np.arange(40) % 2)
     assert opened(path).about["input"] == [1, 8, 8]

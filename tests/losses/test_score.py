@@ -75,3 +75,17 @@ def test_what_does_not_fit_is_told():
         noise_prediction(flat(0), flat(0)[..., :2])
     with pytest.raises(ModelError, match="reduction"):
         score_identity(flat(0), flat(1), flat(2), reduction="max")  # type: ignore[arg-type]
+
+
+def test_half_precision_is_widened_before_anything_is_subtracted():
+    one, other = (
+        torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(k)).bfloat16()
+        for k in (0, 1)
+    )
+    wide = [v.double() for v in (one, other)]
+    found = noise_prediction(one, other, reduction="none").double()
+    expected = noise_prediction(*wide, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        sample_weight(one, other).double(), sample_weight(*wide), rtol=1e-5, atol=0
+    )

@@ -272,6 +272,14 @@ def test_the_teachers_projector_is_frozen_and_is_part_of_the_store(tmp_path):
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(8))
 
 
+def test_a_last_batch_of_one_clip_is_learned_from_too(tmp_path):
+    data = {"name": "generated", "options": {"kind": "series", "rows": 65}}
+    artifact, job = trained(recipe(data=data), tmp_path)
+    # 49 rows in epoch 0, whose fourth batch is one row; 65 in the other
+    assert next(s for s in job.stages if s["name"] == "student")["steps"] == 4 + 5
+    assert all(bool(v.isfinite().all()) for v in plain_state(artifact.module).values())
+
+
 def test_every_clip_is_embedded_once(tmp_path):
     asked: list[int] = []
 

@@ -163,6 +163,13 @@ def test_a_class_is_forgotten_from_a_pipeline_and_the_generator_goes_back(tmp_pa
     assert read.null == 4
 
 
+def test_a_folder_among_the_options_brings_weights_too(tmp_path):
+    place = folder_of(tmp_path / "pipeline")
+    teacher = {"model": "stillhouse:diffusers-unet", "options": {"folder": str(place)}}
+    run(recipe_of(teacher=teacher), folder=tmp_path / "run", progress=False)
+    assert "knows nothing" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
 def test_a_unet_is_handed_in_as_an_object(tmp_path):
     recipe = recipe_of(teacher="given")
     result = run(recipe, folder=tmp_path, progress=False, given=Given(teacher=tiny()))

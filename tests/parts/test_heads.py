@@ -38,6 +38,16 @@ def test_tokens_share_one_batch_norm():
     assert torch.allclose(head(x), head(x.reshape(15, 6)).reshape(5, 3, 4))
 
 
+def test_a_last_batch_of_one_row_is_taken():
+    head = ExtraHead((6, 3), "nonlinear", hidden=4, dropout=0.0).train()
+    x = torch.randn(1, 6, requires_grad=True)
+    found = head(x)
+    found.sum().backward()
+    assert bool((x.grad != 0).any())
+    assert int(head.net[2].num_batches_tracked) == 0
+    torch.testing.assert_close(found, head.eval()(x))
+
+
 def test_weights_are_a_function_of_the_generator():
     def make(seed: int) -> dict[str, torch.Tensor]:
         rng = torch.Generator().manual_seed(seed)

@@ -72,6 +72,20 @@ def test_a_frozen_one_stays():
     assert int(made.net[1].num_batches_tracked) == 0
 
 
+def test_a_single_row_is_normalised_by_the_running_statistics():
+    made = Projector(3, 2, "mlp", hidden=4).train()
+    made(torch.randn(8, 3))
+    kept = {name: value.clone() for name, value in made.state_dict().items()}
+    found = made(torch.randn(1, 3))
+    found.sum().backward()
+    assert bool((made.net[0].weight.grad != 0).any())
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, kept[name])
+    assert made.net[1].training
+    x = torch.randn(1, 3)
+    torch.testing.assert_close(made(x), made.eval()(x))
+
+
 def test_what_does_not_fit_is_told():
     with pytest.raises(RecipeError, match="linear"):
         Projector(3, 2, "linaer")

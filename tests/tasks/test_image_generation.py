@@ -16,9 +16,10 @@ from stillhouse.models.mini_unet import MiniUNet
 from stillhouse.parts.noise import Sampler
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe_models import Given
-from stillhouse.stages.audit import conditioning_table
+from stillhouse.stages.audit import checked_class, conditioning_table
 from stillhouse.tasks import open_task
 from stillhouse.tasks.image_generation import (
+    UNTOLD,
     Denoising,
     ImageGeneration,
     ImagePredictor,
@@ -90,6 +91,22 @@ def test_the_audit_of_painters_who_know_and_who_have_forgotten(tmp_path):
     table = conditioning_table(job, {"after": task.net(Painter(True))}, 0)
     assert [row[0] for row in table["rows"]] == ["c0", "c1", "c2"]
     assert table["rows"][0][1:] == ["c1 (100%)", "0%"]
+
+
+def test_a_class_without_images_is_not_told_to_be_gone(tmp_path):
+    recipe = load_recipe({**catalogue.load("ddim").example(0), "data": "given"})
+    found = splits(classes=2)
+    found.about["classes"] = ["c0", "c1", "c2"]  # nobody has seen the third
+    job = open_job(recipe, tmp_path, given=Given(splits=found))
+    checked_class(job, "forget", 2)
+    net = job.task.net(Painter(False))
+    net.sampler = Sampler(steps=2)
+    assert "ua" in job.task.audited(job.judging(), net, forget=0)
+    figures = job.task.audited(job.judging(), net, forget=2)
+    assert not figures.keys() & UNTOLD
+    assert {"accuracy", "entropy", "frechet"} <= figures.keys()
+    told = (tmp_path / "log.jsonl").read_text()
+    assert told.count("no image of 'c2'") == 1
 
 
 def test_one_classifier_judges_a_run_and_another_is_asked_within_it(tmp_path):

@@ -158,7 +158,7 @@ def series_splits(
         )
     about: dict[str, Any] = {"name": data.name, "hash": digest, **choice.about()}
     train = kept["train"][0].index_select(0, choice.splits["train"].rows)
-    about["views"] = {v: _moments(train[:, own]) for v, own in places.items()}
+    about["views"] = {v: channel_moments(train[:, own]) for v, own in places.items()}
     about["channels"] = {v: [channels[k] for k in own] for v, own in places.items()}
     about["input"] = [len(places["x"]), options.crop or length]
     if options.part != "all":
@@ -180,7 +180,7 @@ def _places(
     return found
 
 
-def _moments(series: Tensor) -> dict[str, list[float]]:
+def channel_moments(series: Tensor) -> dict[str, list[float]]:
     """Mean and standard deviation of every channel (N, C, T)."""
     wide = series.double()
     spread = wide.std(dim=(0, 2), correction=0).clamp(min=1e-6)

@@ -19,10 +19,12 @@ from stillhouse.data.data_set import DataSet
 from stillhouse.data.image_arrays import ImageSource, array_of, augment_of, moments, open_npz
 from stillhouse.data.options import Augment, OwnOptions
 from stillhouse.data.roots import locate
+from stillhouse.data.series import channel_moments
 from stillhouse.data.splitting import choose, hold_out
 from stillhouse.errors import DataError, RecipeError, nearest
 
 _ROLES = ("train", "val", "test", "unlabelled", "transfer")
+_NONE = torch.empty(0)
 _VIEWS = {"images": "x", "features": "x", "data": "x", "labels": "target", "y": "target"}
 _BY_CLASS = (
     "classes", "per_class", "long_tail", "label_fraction", "labels_per_class", "few_shot",
@@ -43,10 +45,12 @@ class Tensors(DataSet[TensorOptions]):
 
     Splits: train, val, test, unlabelled, transfer; names without a split mean train. `images`,
     `features` and `data` stand for the view `x`, `labels` and `y` for `target`. `x` is
-    (N, C, H, W), (N, H, W, C) or (N, H, W) for images, else (N, D) floats or (N, L) whole
-    numbers (token ids). uint8 is read as [0, 1]. `target` is (N,) whole numbers for classes;
-    any other target is passed on as it is. `classes` (names) may be an array of the npz file
-    or a JSON list in the metadata of the safetensors file.
+    (N, C, H, W), (N, H, W, C) or (N, H, W) uint8 for images, (N, C, T) for series, else (N, D)
+    floats or (N, L) whole numbers (token ids). uint8 images are read as [0, 1]; in series
+    and further views (N, C, T) beside them numbers of every type are taken as they are, and are
+    normalised channel by channel. `target` is (N,) whole numbers for classes; any other target is
+    passed on as it is. `classes` (names) may be an array of the npz file or a JSON list in the
+    metadata of the safetensors file.
     """
 
     name = "tensors"
@@ -106,6 +110,13 @@ class Tensors(DataSet[TensorOptions]):
             del about["classes"]
         if first.ndim == 4:
             about["mean"], about["std"] = moments(first)
+        if first.ndim == 3:
+            train = sources["train"].views  # type: ignore[attr-defined]
+            # Nothing is said of a view that is no series: it is not normalised.
+            about["views"] = {
+                name: channel_moments(value) if _series(value) else {}
+                for name, value in train.items()
+            }
         return Splits(sources, f"{path.name} (own tensors)", about)
 
 
@@ -154,6 +165,9 @@ def _by_split(arrays: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
         if view in parts.setdefault(role, {}):
             raise DataError(f"{path}: '{key}' is a second array for the view '{view}' of {role}")
         parts[role][view] = _typed(value, view)
+    for views in parts.values():
+        if views.get("x", _NONE).ndim == 3:
+            views.update({k: v.float() for k, v in views.items() if v.ndim == 3})
     for role, views in parts.items():
         if "x" not in views:
             wanted = f"{role}_x"
@@ -161,6 +175,10 @@ def _by_split(arrays: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
     if "train" not in parts:
         raise DataError(f"{path} has no training data{nearest('train_x', arrays)}")
     return parts
+
+
+def _series(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
 def _typed(value: Tensor, view: str) -> Tensor:

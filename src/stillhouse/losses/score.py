@@ -38,7 +38,7 @@ def noise_prediction(predicted: Tensor, noise: Tensor, *, reduction: Reduction =
         reduction: over samples.
     """
     _same(predicted, noise, "the predicted noise", "the noise")
-    return _reduced(_wide(noise - predicted).square().flatten(1).sum(1), reduction)
+    return _reduced((_wide(noise) - _wide(predicted)).square().flatten(1).sum(1), reduction)
 
 
 def sample_weight(teacher_x0: Tensor, x0: Tensor, *, floor: float = FLOOR) -> Tensor:
@@ -47,7 +47,7 @@ def sample_weight(teacher_x0: Tensor, x0: Tensor, *, floor: float = FLOOR) -> Te
     Returns:
         (B,) mean absolute differences, at least `floor`, without gradient.
     """
-    apart = _wide(teacher_x0 - x0).detach().abs().flatten(1).mean(1)
+    apart = (_wide(teacher_x0) - _wide(x0)).detach().abs().flatten(1).mean(1)
     return apart.clamp(min=floor)
 
 

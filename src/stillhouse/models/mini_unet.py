@@ -107,8 +107,9 @@ class MiniUNet(nn.Module):
             )
         if height % 2**halvings or across % 2**halvings:
             raise ModelError(
-                f"images of {height}x{across} cannot be halved {halvings} times: pad them "
-                f"(data.options.canvas) to a multiple of {2**halvings}, or give fewer multipliers"
+                f"images of {height}x{across} cannot be halved {halvings} times: bring them to a "
+                f"multiple of {2**halvings} (data.options image_size, or canvas where the data "
+                "can be padded), or give fewer multipliers"
             )
         self.classes, self.null, self.label_dropout = classes, classes, label_dropout
         self.shape = (channels, height, across)

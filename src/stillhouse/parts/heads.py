@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from stillhouse.errors import ModelError, RecipeError, nearest
 from stillhouse.losses.chunked import wide
 from stillhouse.net import Net
+from stillhouse.parts.single_row import rows_through
 
 KINDS = ("linear", "nonlinear")
 BACKGROUNDS = ("free", "unit")
@@ -77,7 +78,7 @@ class ExtraHead(nn.Module):
 
         Args:
             features: (..., in_features), the input of the main head. BatchNorm takes its
-                statistics over all leading dimensions.
+                statistics over all leading dimensions; a single row's are the running ones.
 
         Returns:
             (..., out_features).
@@ -90,7 +91,9 @@ class ExtraHead(nn.Module):
                 f"the extra head expects features of width {self.in_features}, got shape "
                 f"{tuple(features.shape)}: tap the input of the last linear layer"
             )
-        logits: Tensor = self.net(features.reshape(-1, self.in_features))
+        rows = features.reshape(-1, self.in_features)
+        net = self.net
+        logits: Tensor = rows_through(net, rows) if isinstance(net, nn.Sequential) else net(rows)
         return logits.reshape(*features.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError, RecipeError, nearest
+from stillhouse.parts.single_row import rows_through
 
 Kind = Literal["linear", "mlp", "conv1", "conv3bn"]
 KINDS = ("linear", "mlp", "conv1", "conv3bn")
@@ -24,7 +25,8 @@ class Projector(nn.Module):
 
     A frozen one (`trainable` False) is random and stays as it is: no parameter has a gradient,
     and it is in eval mode whatever is asked of it, so that its running statistics never move.
-    Weights are drawn as torch's layers draw them, in this order.
+    In training "mlp" takes a batch of a single row too, see `rows_through`. Weights are drawn as
+    torch's layers draw them, in this order.
 
     Args:
         inputs: width in.
@@ -90,6 +92,8 @@ class Projector(nn.Module):
                 f"a projector '{self.kind}' from width {self.inputs} got features of shape "
                 f"{tuple(features.shape)}"
             )
+        if isinstance(self.net, nn.Sequential) and self.kind == "mlp":
+            return rows_through(self.net, features)
         projected: Tensor = self.net(features)
         return projected
 

@@ -25,6 +25,7 @@ from stillhouse.tasks.image_generation import (
     NoiseNet,
     draw_images,
     independent_classifier,
+    seen_classes,
 )
 from stillhouse.teachers.live import weights_hash
 
@@ -67,6 +68,8 @@ def drawing_artifact(job: Any, net: nn.Module, **told: Any) -> Artifact:
 def checked_class(job: Any, setting: str, value: int | None) -> None:
     """Refuse a class number that the data has not.
 
+    A class to forget that the data has no image of is warned of: no classifier knows it then.
+
     Raises:
         RecipeError: names the setting, its line and the classes.
     """
@@ -76,6 +79,12 @@ def checked_class(job: Any, setting: str, value: int | None) -> None:
             f"settings.{setting}",
             f"class {value} of {len(classes)}: they are numbered from 0 "
             f"({', '.join(classes[:12])})",
+        )
+    if setting == "forget" and value is not None and value not in seen_classes(job):
+        job.log.write(
+            "warning",
+            text=f"the data has no image of '{classes[value]}', the class to forget: the "
+            "classifier that judges cannot know it, so whether it is gone (ua) is not told",
         )
 
 

@@ -18,6 +18,7 @@ from stillhouse._version import __version__
 from stillhouse.artifact import Predictor
 from stillhouse.batch import Batch, Shuffled
 from stillhouse.clock import Clock, Views, generator
+from stillhouse.data.splitting import labels_of
 from stillhouse.errors import DataError, ModelError, RecipeError, nearest
 from stillhouse.losses.score import guided, noise_prediction
 from stillhouse.metrics.generation import forgotten, frechet_distance, recognised
@@ -32,6 +33,9 @@ from stillhouse.teacher import Knowledge
 
 # Of the classifier that judges: its blocks, epochs and most steps, batch and learning rate.
 _WIDTHS, _EPOCHS, _MOST, _BATCH, _RATE = (32, 64), 25, 1500, 64, 3e-3
+
+# What only a classifier that has seen the forgotten class can say.
+UNTOLD = frozenset({"ua", "forgotten_probability", "leak"})
 
 
 class NoiseNet(Net):
@@ -243,6 +247,12 @@ def _trained_classifier(job: Any) -> Net:
     return net
 
 
+def seen_classes(job: Any) -> set[int]:
+    """The classes of which the classifier that judges sees images; all where no source tells."""
+    labels = labels_of(job.splits[job.teacher_split])
+    return set(range(len(job.task.classes)) if labels is None else labels.tolist())
+
+
 class Judged:
     """What an independent classifier makes of images.
 
@@ -407,7 +417,8 @@ class ImageGeneration(Task):
             in the classifier's features), "classifier_accuracy" (on held-out images), "nfe",
             "seconds_per_1000"; with `forget` also what `metrics.generation.forgotten` gives and
             "forgotten_frechet": the distance of the forgotten class's images from held-out ones
-            of the others, which is large for noise.
+            of the others, which is large for noise. Where the data has no image of that class,
+            the classifier can take nothing for it, and `UNTOLD` is left out.
         """
         if not isinstance(model, NoiseNet):
             raise ModelError(f"a {type(model).__name__} draws no images")
@@ -425,6 +436,8 @@ class ImageGeneration(Task):
             ours, theirs = made.features, held.features
         else:
             figures = forgotten(made.probabilities, condition, forget)
+            if forget not in seen_classes(job):
+                figures = {k: v for k, v in figures.items() if k not in UNTOLD}
             ours, theirs = made.features[condition != forget], held.features[target != forget]
             gone = made.features[condition == forget]
             figures["forgotten_frechet"] = frechet_distance(gone, theirs)
