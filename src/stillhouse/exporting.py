@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stillhouse.artifact import Artifact, plain_state
 from stillhouse.errors import MissingExtra, ModelError, RecipeError, nearest
+from stillhouse.models.loading import is_hugging_face
 from stillhouse.models.sentence_embedder import SentenceEmbedder
 from stillhouse.models.sentence_transformer import SentenceTransformerNet
 from stillhouse.net import Net
@@ -173,14 +174,6 @@ def _hugging_face_view(module: Any, reads: Any, draw: torch.Generator) -> Any:
         return torch.rand(2, *chosen, generator=draw)
     ids = torch.randint(1, int(config.vocab_size), (2, 8), generator=draw)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def is_hugging_face(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, without importing that."""
-    return any(
-        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
-        for kind in type(module).__mro__
-    )
 
 
 # Comparing ---------------------------------------------------------------------------------
@@ -588,7 +581,10 @@ def to_sentence_transformers(source: Source, folder: Path) -> dict[str, Any]:
 def _st_as_it_is(source: Source, module: Any, folder: Path) -> dict[str, Any]:
     module.model.save(str(folder))
     ours = answers(source.net, list(_WORDS))
-    worst = compared(ours, _st_answers(folder), "the sentence encoder")
+    # A folder does not say where vectors are cut: that is an argument of `SentenceTransformer`.
+    cut = getattr(module.model, "truncate_dim", None)
+    theirs = _st_answers(folder) if cut is None else _st_answers(folder, truncate_dim=cut)
+    worst = compared(ours, theirs, "the sentence encoder")
     return {"modules": [type(m).__name__ for m in module.model], "largest_difference": worst}
 
 
@@ -642,10 +638,10 @@ def _write_st(
     shutil.rmtree(encoder)
 
 
-def _st_answers(folder: Path) -> dict[str, Tensor]:
+def _st_answers(folder: Path, **options: Any) -> dict[str, Tensor]:
     """What the folder gives when it is read back by that library alone."""
     again = _needed("sentence_transformers", "language").SentenceTransformer(
-        str(folder), device="cpu"
+        str(folder), device="cpu", **options
     )
     return {"embedding": again.encode(list(_WORDS), convert_to_tensor=True).cpu()}
 

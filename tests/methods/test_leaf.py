@@ -26,6 +26,7 @@ from stillhouse.losses.relations import similarity_matrix
 from stillhouse.methods.retrieval.leaf import Leaf, LeafObjective
 from stillhouse.metrics.ranking import ndcg, order_of
 from stillhouse.models.sentence_embedder import SentenceEmbedder
+from stillhouse.models.sentence_transformer import SentenceTransformerNet
 from stillhouse.net import Net
 from stillhouse.objective import Objective
 from stillhouse.parts.pooling import masked_mean
@@ -768,6 +769,36 @@ def test_sentence_transformers_teach_learn_and_are_written(tiny_bert, tmp_path):
     again = package.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     ours = torch.stack(still.load(tmp_path / "folder").predict(text))
     assert (torch.as_tensor(again.encode(text)) - ours).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pooling", "include"),
+    [("mean", True), ("mean", False), ("cls", True), ("max", False), ("lasttoken", True)],
+)
+def test_vectors_are_those_of_encode(pooling, include, tiny_bert, tmp_path):
+    """With the model's default prompt, in or out of the pooling, and its width."""
+    package = pytest.importorskip("sentence_transformers")
+    parts = package.sentence_transformer.modules
+    modules = [
+        parts.Transformer(tiny_bert, max_seq_length=24),
+        parts.Pooling(16, pooling_mode=pooling, include_prompt=include),
+        parts.Dense(16, 12),
+    ]
+    prompts = {"query": "query: ", "document": "passage: "}
+    built = package.SentenceTransformer(
+        modules=modules, prompts=prompts, default_prompt_name="query", device="cpu"
+    )
+    built.save(str(tmp_path / "built"))
+    texts = ["a wing", "heat", "an engine " * 40]
+    for width in (None, 5):
+        model = package.SentenceTransformer(
+            str(tmp_path / "built"), device="cpu", truncate_dim=width
+        )
+        with torch.no_grad():
+            ours = SentenceTransformerNet(model.eval())(texts)
+        assert ours.shape[1] == (width or 12)
+        assert (ours - torch.as_tensor(model.encode(texts))).abs().max() < 1e-6
+        assert (ours - torch.as_tensor(model.encode(texts, prompt=""))).abs().max() > 1e-5
 
 
 def test_a_student_is_exported_to_sentence_transformers(tiny_bert, tmp_path):

@@ -135,3 +135,14 @@ def test_damaged_pairs_are_told(tmp_path: Path):
     with pytest.raises(DataError, match="at least two"):
         read_pairs(path)
     assert len(pair_source([("a", "b", 1.0), ("c", "d", 0.5)], "two")) == 4
+
+
+def test_a_bare_encoder_on_texts_is_told_what_it_lacks():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    bare = transformers.BertModel(config)
+    task = open_task("embedding", Splits({"train": TensorSource({"text": ["a", "b"]})}, "mine"))
+    with pytest.raises(ModelError, match=r"BertModel reads word pieces.*sentence_embedder"):
+        task.net(bare)

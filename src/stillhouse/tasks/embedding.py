@@ -18,6 +18,7 @@ from stillhouse.errors import DataError, ModelError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.ranking import Retrieval
 from stillhouse.metrics.similarity import PairSimilarity
+from stillhouse.models.loading import is_hugging_face
 from stillhouse.models.sentence_transformer import (
     SentenceTransformerNet,
     is_sentence_transformer,
@@ -39,10 +40,28 @@ class Embedding(Task):
     main_metric: ClassVar[str] = "spearman"
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
-        """Wrap an encoder; one of sentence-transformers is called on raw texts."""
+        """Wrap an encoder; one of sentence-transformers is called on raw texts.
+
+        Raises:
+            ModelError: the data are raw texts, and the encoder reads word pieces.
+        """
         if is_sentence_transformer(module):
             module = SentenceTransformerNet(module)
+        self._refuse_bare_encoder(module)
         return Net(module, answer="embedding", taps=taps)
+
+    def _refuse_bare_encoder(self, module: nn.Module) -> None:
+        """A Hugging Face encoder has no tokenizer and no pooling of its own."""
+        views = getattr(self.splits["train"], "views", {}) if "train" in self.splits else {}
+        if "text" not in views or "x" in views or not is_hugging_face(module):
+            return
+        place = str(getattr(module.config, "_name_or_path", "")) or "ID_OR_FOLDER"
+        raise ModelError(
+            f"{type(module).__name__} reads word pieces and gives a state for each; texts need its "
+            "tokenizer and a mean over them as well: {model: stillhouse:sentence_embedder, "
+            f"options: {{encoder: {place}}}}} (with `width` for a linear layer), or a folder of "
+            "sentence-transformers"
+        )
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Cosine against scores in [0, 1] where both sides of a pair are in the batch.
