@@ -578,7 +578,16 @@ def to_sentence_transformers(source: Source, folder: Path) -> dict[str, Any]:
     return {"pooling": pooling, "largest_difference": worst}
 
 
+def _prefixes(source: Source) -> dict[str, str]:
+    """What the data put before queries and documents, by the names of sentence-transformers."""
+    settings = source.artifact.predictor.settings if source.artifact.predictor else {}
+    return {str(kind): str(text) for kind, text in settings.get("prefixes", {}).items()}
+
+
 def _st_as_it_is(source: Source, module: Any, folder: Path) -> dict[str, Any]:
+    prefixes = _prefixes(source)
+    if prefixes:
+        module.model.prompts = {**(getattr(module.model, "prompts", None) or {}), **prefixes}
     module.model.save(str(folder))
     ours = answers(source.net, list(_WORDS))
     # A folder does not say where vectors are cut: that is an argument of `SentenceTransformer`.
@@ -598,6 +607,7 @@ def _st_of_embedder(source: Source, module: Any, folder: Path) -> dict[str, Any]
         normalise=module.normalise,
         linear=linear,
         length=module.length,
+        prompts=_prefixes(source),
     )
     ours = answers(source.net, list(_WORDS))
     worst = compared(ours, _st_answers(folder), "the sentence encoder")
@@ -613,8 +623,9 @@ def _write_st(
     normalise: bool,
     linear: nn.Linear | None = None,
     length: int | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
-    """Encoder, pooling, a linear layer and scaling where there are any."""
+    """Encoder, pooling, a linear layer and scaling where there are any; prompts by kind."""
     package = _needed("sentence_transformers", "language")
     parts: Any = package.sentence_transformer.modules
     encoder = folder / "encoder"
@@ -634,7 +645,8 @@ def _write_st(
         built.append(dense)
     if normalise:
         built.append(parts.Normalize())
-    package.SentenceTransformer(modules=built, device="cpu").save(str(folder))
+    known = {"prompts": dict(prompts)} if prompts else {}
+    package.SentenceTransformer(modules=built, device="cpu", **known).save(str(folder))
     shutil.rmtree(encoder)
 
 

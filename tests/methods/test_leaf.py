@@ -803,9 +803,12 @@ def test_vectors_are_those_of_encode(pooling, include, tiny_bert, tmp_path):
 
 def test_a_student_is_exported_to_sentence_transformers(tiny_bert, tmp_path):
     package = pytest.importorskip("sentence_transformers")
+    (tmp_path / "own.txt").write_text("a wing\nheat\nan engine\na comet\n")
+    own = {"documents": str(tmp_path / "own.txt"), "document_prefix": "passage: ", "val": 0}
     recipe = text_recipe(
-        tiny_bert, embedder(tiny_bert), budget={"steps": 3, "batch": 4, "lr": 0.01}
-    )
+        tiny_bert, embedder(tiny_bert), budget={"steps": 3, "batch": 4, "lr": 0.01},
+        data={"name": "embedding_files", "options": {**own, "query_prefix": "query: "}},
+    )  # fmt: skip
     run(recipe, folder=tmp_path / "run", progress=False)
     told = export_artifact(tmp_path / "run", "sentence-transformers", tmp_path / "out")
     assert told["width"] == 16
@@ -813,6 +816,11 @@ def test_a_student_is_exported_to_sentence_transformers(tiny_bert, tmp_path):
     texts = ["Ada was the first", "a", "an engine " * 60]
     ours = torch.stack(still.load(tmp_path / "run").predict(texts))
     assert (torch.as_tensor(model.encode(texts)) - ours).abs().max() < 1e-5
+    opened = still.load(tmp_path / "run")
+    for kind, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        ours = torch.stack(opened.predict(texts, kind=kind))
+        assert (torch.as_tensor(encode(texts)) - ours).abs().max() < 1e-5
+        assert (torch.as_tensor(model.encode(texts)) - ours).abs().max() > 1e-5
     # the exported folder teaches as the student does
     loaded = still.teacher(model)
     found = loaded.net.module if hasattr(loaded, "net") else None

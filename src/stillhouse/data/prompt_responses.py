@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ from stillhouse.data.prompt_options import PromptOptions
 from stillhouse.data.prompt_rows import Pair, prompt_splits
 from stillhouse.data.roots import locate
 from stillhouse.errors import DataError, RecipeError, nearest
+from stillhouse.parts.text_lines import json_lines, prompt_of
 
-# Names under which prompt and response are found, in order of preference.
-PROMPTS = ("prompt", "instruction", "question", "query")
+# Names under which a response is found, in order of preference.
 RESPONSES = ("output", "response", "answer", "completion", "references")
 _ROLES = {
     "train": ("train", "training"),
@@ -126,32 +124,19 @@ def _find(given: str) -> dict[str, Path]:
 
 def _pairs(path: Path, options: PromptResponseOptions) -> list[Pair]:
     rows: list[tuple[str, list[str]]] = []
-    for line, entry in _lines(path):
+    for line, entry in json_lines(path):
         if options.limit is not None and len(rows) == options.limit:
             break
         where = f"{path}, line {line}"
-        rows.append((_prompt(entry, options.prompt, where), _said(entry, options.response, where)))
+        rows.append(
+            (prompt_of(entry, options.prompt, where), _said(entry, options.response, where))
+        )
     if not rows:
         raise DataError(f"{path} is empty: it holds no rows")
     known: dict[str, dict[str, None]] = {}
     for prompt, said in rows:
         known.setdefault(prompt, {}).update(dict.fromkeys(said))
     return [Pair(prompt, said[0], tuple(known[prompt])) for prompt, said in rows]
-
-
-def _prompt(entry: Mapping[str, Any], field: str | None, where: str) -> str:
-    names = PROMPTS if field is None else (field,)
-    name = next((name for name in names if name in entry), None)
-    if name is None:
-        raise DataError(
-            f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option 'prompt' names "
-            "the field)"
-        )
-    found = entry[name]
-    if not isinstance(found, str) or not found.strip():
-        raise DataError(f"{where}: the prompt is empty (field '{name}': {found!r})")
-    more = entry.get("input") if field is None and name == "instruction" else None
-    return f"{found}\n\n{more}" if isinstance(more, str) and more.strip() else found
 
 
 def _said(entry: Mapping[str, Any], field: str | None, where: str) -> list[str]:
@@ -170,22 +155,3 @@ def _said(entry: Mapping[str, Any], field: str | None, where: str) -> list[str]:
             f"{where}: a text, or a list of texts, is needed in the field '{name}', found {found!r}"
         )
     return list(texts)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            content = opened.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}, line {number}: an object is needed, not {line[:60]}")
-        yield number, entry

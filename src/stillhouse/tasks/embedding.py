@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
 from stillhouse.batch import read_rows
-from stillhouse.errors import DataError, ModelError
+from stillhouse.errors import DataError, ModelError, nearest
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.ranking import Retrieval
 from stillhouse.metrics.similarity import PairSimilarity
@@ -24,6 +24,7 @@ from stillhouse.models.sentence_transformer import (
     is_sentence_transformer,
 )
 from stillhouse.net import Net, Output
+from stillhouse.parts.text_lines import texts_of
 from stillhouse.task import Metric, Task
 
 
@@ -120,25 +121,34 @@ class Embedding(Task):
         return batch.view("text" if view == "x" and "x" not in batch else view)
 
     def predictor(self, net: Net) -> Predictor:
-        """Vectors of texts or arrays."""
-        return Embedder(net, {"reads": net.view})
+        """Vectors of texts or arrays; it knows the prefixes that the data put before texts."""
+        prefixes = self.splits.about.get("prefixes")
+        return Embedder(net, {"reads": net.view, **({"prefixes": prefixes} if prefixes else {})})
 
 
 class Embedder(Predictor):
     """Gives the vectors of texts or arrays."""
 
-    reads: ClassVar[str] = "text lines, or .npy arrays of rows"
+    reads: ClassVar[str] = "text lines, .jsonl, .csv or .tsv, or .npy arrays of rows"
     writes: ClassVar[str] = ".npy (rows, width), or jsonl"
-    options: ClassVar[Mapping[str, str]] = {"batch": "inputs at a time (default 64)"}
+    options: ClassVar[Mapping[str, str]] = {
+        "batch": "inputs at a time (default 64)",
+        "kind": "query or document: texts get the prefix that was learned for that kind",
+        "prefix": "put before each text instead",
+        "text": "field or column of .jsonl, .csv and .tsv files (default text)",
+    }
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> list[Tensor]:
         """One vector (width,) per input.
 
         Args:
             inputs: strings for a model of texts, else arrays or tensors as in training.
-            options: `batch`.
+            options: `batch`, `kind`, `prefix`.
         """
         size = int(options.get("batch", 64))
+        prefix = self._prefix(options)
+        if prefix:
+            inputs = [prefix + text for text in inputs]
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         found: list[Tensor] = []
         for start in range(0, len(inputs), size):
@@ -151,6 +161,24 @@ class Embedder(Predictor):
                 found += self.module(view)["embedding"].float().cpu().unbind(0)
         return found
 
+    def _prefix(self, options: Mapping[str, Any]) -> str:
+        """What is put before each text.
+
+        Raises:
+            DataError: an unknown kind, or a prefix for something else than texts.
+        """
+        kind, prefix = options.get("kind"), options.get("prefix")
+        if kind is None and prefix is None:
+            return ""
+        if self.settings.get("reads", "x") != "text":
+            raise DataError("kind and prefix are for models of texts")
+        if prefix is not None:
+            return str(prefix)
+        known = {"query": "", "document": "", **self.settings.get("prefixes", {})}
+        if kind not in known:
+            raise DataError(f"kind is query or document, not '{kind}'{nearest(str(kind), known)}")
+        return str(known[kind])
+
     def infer(
         self, inputs: Sequence[Path], output: Path | None, options: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -160,12 +188,9 @@ class Embedder(Predictor):
         for path in map(Path, inputs):
             if not path.exists():
                 raise DataError(f"{path} does not exist")
-            if path.suffix.lower() == ".npy":
-                rows: list[Any] = list(np.load(path, allow_pickle=False))
-            else:
-                rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-            names += [f"{path}:{number}" for number in range(1, len(rows) + 1)]
-            values += rows
+            rows = self._rows(path, str(options.get("text", "text")))
+            names += [f"{path}:{number}" for number, _ in rows]
+            values += [value for _, value in rows]
         if not values:
             raise DataError("nothing to read: no line of text and no row of an array was found")
         vectors = torch.stack(self.predict(values, **dict(options)))
@@ -173,6 +198,19 @@ class Embedder(Predictor):
             _write(names, vectors, Path(output))
         shape = list(vectors.shape)
         return {"inputs": len(names), "shape": shape, "output": str(output) if output else None}
+
+    def _rows(self, path: Path, field: str) -> list[tuple[int, Any]]:
+        """Each input of a file with its number: of the line, or of the row."""
+        array = path.suffix.lower() == ".npy"
+        if array == (self.settings.get("reads", "x") == "text"):
+            wanted = ".npy arrays" if not array else "texts"
+            raise DataError(f"{path}: this model reads {wanted}")
+        if not array:
+            return list(texts_of(path, field))
+        try:
+            return list(enumerate(np.load(path, allow_pickle=False), 1))
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as an array: {error}") from error
 
 
 def _write(names: Sequence[str], vectors: Tensor, output: Path) -> None:
