@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stillhouse.artifact import Artifact, plain_state
 from stillhouse.errors import MissingExtra, ModelError, RecipeError, nearest
+from stillhouse.models.loading import is_hugging_face
 from stillhouse.models.sentence_embedder import SentenceEmbedder
 from stillhouse.models.sentence_transformer import SentenceTransformerNet
 from stillhouse.net import Net
@@ -173,14 +174,6 @@ def _hugging_face_view(module: Any, reads: Any, draw: torch.Generator) -> Any:
         return torch.rand(2, *chosen, generator=draw)
     ids = torch.randint(1, int(config.vocab_size), (2, 8), generator=draw)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def is_hugging_face(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, without importing that."""
-    return any(
-        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
-        for kind in type(module).__mro__
-    )
 
 
 # Comparing ---------------------------------------------------------------------------------
@@ -585,10 +578,22 @@ def to_sentence_transformers(source: Source, folder: Path) -> dict[str, Any]:
     return {"pooling": pooling, "largest_difference": worst}
 
 
+def _prefixes(source: Source) -> dict[str, str]:
+    """What the data put before queries and documents, by the names of sentence-transformers."""
+    settings = source.artifact.predictor.settings if source.artifact.predictor else {}
+    return {str(kind): str(text) for kind, text in settings.get("prefixes", {}).items()}
+
+
 def _st_as_it_is(source: Source, module: Any, folder: Path) -> dict[str, Any]:
+    prefixes = _prefixes(source)
+    if prefixes:
+        module.model.prompts = {**(getattr(module.model, "prompts", None) or {}), **prefixes}
     module.model.save(str(folder))
     ours = answers(source.net, list(_WORDS))
-    worst = compared(ours, _st_answers(folder), "the sentence encoder")
+    # A folder does not say where vectors are cut: that is an argument of `SentenceTransformer`.
+    cut = getattr(module.model, "truncate_dim", None)
+    theirs = _st_answers(folder) if cut is None else _st_answers(folder, truncate_dim=cut)
+    worst = compared(ours, theirs, "the sentence encoder")
     return {"modules": [type(m).__name__ for m in module.model], "largest_difference": worst}
 
 
@@ -602,6 +607,7 @@ def _st_of_embedder(source: Source, module: Any, folder: Path) -> dict[str, Any]
         normalise=module.normalise,
         linear=linear,
         length=module.length,
+        prompts=_prefixes(source),
     )
     ours = answers(source.net, list(_WORDS))
     worst = compared(ours, _st_answers(folder), "the sentence encoder")
@@ -617,8 +623,9 @@ def _write_st(
     normalise: bool,
     linear: nn.Linear | None = None,
     length: int | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
-    """Encoder, pooling, a linear layer and scaling where there are any."""
+    """Encoder, pooling, a linear layer and scaling where there are any; prompts by kind."""
     package = _needed("sentence_transformers", "language")
     parts: Any = package.sentence_transformer.modules
     encoder = folder / "encoder"
@@ -638,14 +645,15 @@ def _write_st(
         built.append(dense)
     if normalise:
         built.append(parts.Normalize())
-    package.SentenceTransformer(modules=built, device="cpu").save(str(folder))
+    known = {"prompts": dict(prompts)} if prompts else {}
+    package.SentenceTransformer(modules=built, device="cpu", **known).save(str(folder))
     shutil.rmtree(encoder)
 
 
-def _st_answers(folder: Path) -> dict[str, Tensor]:
+def _st_answers(folder: Path, **options: Any) -> dict[str, Tensor]:
     """What the folder gives when it is read back by that library alone."""
     again = _needed("sentence_transformers", "language").SentenceTransformer(
-        str(folder), device="cpu"
+        str(folder), device="cpu", **options
     )
     return {"embedding": again.encode(list(_WORDS), convert_to_tensor=True).cpu()}
 

@@ -302,7 +302,9 @@ class TeacherSpec(Section):
     artifact: Text | None = Field(default=None, description="folder of a model that a run has left")
     endpoint: EndpointSpec | None = Field(default=None, description="a model behind HTTP")
     callable: Reference | None = Field(
-        default=None, description="package.module:function from a batch to its knowledge"
+        default=None,
+        description="package.module:function from a batch to its knowledge, or, where its "
+        "parameter is called `texts`, from strings to vectors",
     )
     recipe: Recipe | None = Field(
         default=None, description="another recipe, run first; data, task, seed, hardware as here"

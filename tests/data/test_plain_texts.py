@@ -39,7 +39,7 @@ def test_what_is_wrong_with_the_files_is_told(tmp_path):
     with pytest.raises(DataError, match=r"line 1: no text in the field 'text'; did you mean 'txt'"):
         open_data("plain_texts", options={"path": str(path)})
     path.write_text('{"text": "x"}\nnot json\n')
-    with pytest.raises(DataError, match="line 2 is no JSON"):
+    with pytest.raises(DataError, match="line 2: not JSON"):
         open_data("plain_texts", options={"path": str(path)})
     path.write_text('{"text": "x"}\n')
     with pytest.raises(DataError, match="at least two"):

@@ -26,6 +26,7 @@ from stillhouse.losses.relations import similarity_matrix
 from stillhouse.methods.retrieval.leaf import Leaf, LeafObjective
 from stillhouse.metrics.ranking import ndcg, order_of
 from stillhouse.models.sentence_embedder import SentenceEmbedder
+from stillhouse.models.sentence_transformer import SentenceTransformerNet
 from stillhouse.net import Net
 from stillhouse.objective import Objective
 from stillhouse.parts.pooling import masked_mean
@@ -770,11 +771,44 @@ def test_sentence_transformers_teach_learn_and_are_written(tiny_bert, tmp_path):
     assert (torch.as_tensor(again.encode(text)) - ours).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("pooling", "include"),
+    [("mean", True), ("mean", False), ("cls", True), ("max", False), ("lasttoken", True)],
+)
+def test_vectors_are_those_of_encode(pooling, include, tiny_bert, tmp_path):
+    """With the model's default prompt, in or out of the pooling, and its width."""
+    package = pytest.importorskip("sentence_transformers")
+    parts = package.sentence_transformer.modules
+    modules = [
+        parts.Transformer(tiny_bert, max_seq_length=24),
+        parts.Pooling(16, pooling_mode=pooling, include_prompt=include),
+        parts.Dense(16, 12),
+    ]
+    prompts = {"query": "query: ", "document": "passage: "}
+    built = package.SentenceTransformer(
+        modules=modules, prompts=prompts, default_prompt_name="query", device="cpu"
+    )
+    built.save(str(tmp_path / "built"))
+    texts = ["a wing", "heat", "an engine " * 40]
+    for width in (None, 5):
+        model = package.SentenceTransformer(
+            str(tmp_path / "built"), device="cpu", truncate_dim=width
+        )
+        with torch.no_grad():
+            ours = SentenceTransformerNet(model.eval())(texts)
+        assert ours.shape[1] == (width or 12)
+        assert (ours - torch.as_tensor(model.encode(texts))).abs().max() < 1e-6
+        assert (ours - torch.as_tensor(model.encode(texts, prompt=""))).abs().max() > 1e-5
+
+
 def test_a_student_is_exported_to_sentence_transformers(tiny_bert, tmp_path):
     package = pytest.importorskip("sentence_transformers")
+    (tmp_path / "own.txt").write_text("a wing\nheat\nan engine\na comet\n")
+    own = {"documents": str(tmp_path / "own.txt"), "document_prefix": "passage: ", "val": 0}
     recipe = text_recipe(
-        tiny_bert, embedder(tiny_bert), budget={"steps": 3, "batch": 4, "lr": 0.01}
-    )
+        tiny_bert, embedder(tiny_bert), budget={"steps": 3, "batch": 4, "lr": 0.01},
+        data={"name": "embedding_files", "options": {**own, "query_prefix": "query: "}},
+    )  # fmt: skip
     run(recipe, folder=tmp_path / "run", progress=False)
     told = export_artifact(tmp_path / "run", "sentence-transformers", tmp_path / "out")
     assert told["width"] == 16
@@ -782,6 +816,11 @@ def test_a_student_is_exported_to_sentence_transformers(tiny_bert, tmp_path):
     texts = ["Ada was the first", "a", "an engine " * 60]
     ours = torch.stack(still.load(tmp_path / "run").predict(texts))
     assert (torch.as_tensor(model.encode(texts)) - ours).abs().max() < 1e-5
+    opened = still.load(tmp_path / "run")
+    for kind, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        ours = torch.stack(opened.predict(texts, kind=kind))
+        assert (torch.as_tensor(encode(texts)) - ours).abs().max() < 1e-5
+        assert (torch.as_tensor(model.encode(texts)) - ours).abs().max() > 1e-5
     # the exported folder teaches as the student does
     loaded = still.teacher(model)
     found = loaded.net.module if hasattr(loaded, "net") else None

@@ -135,3 +135,48 @@ def test_damaged_pairs_are_told(tmp_path: Path):
     with pytest.raises(DataError, match="at least two"):
         read_pairs(path)
     assert len(pair_source([("a", "b", 1.0), ("c", "d", 0.5)], "two")) == 4
+
+
+def test_a_bare_encoder_on_texts_is_told_what_it_lacks():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    bare = transformers.BertModel(config)
+    task = open_task("embedding", Splits({"train": TensorSource({"text": ["a", "b"]})}, "mine"))
+    with pytest.raises(ModelError, match=r"BertModel reads word pieces.*sentence_embedder"):
+        task.net(bare)
+
+
+class Letters(nn.Module):
+    """Texts to the numbers of two letters in them."""
+
+    reads = "text"
+
+    def forward(self, texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[float(t.count("q")), float(t.count("a"))] for t in texts])
+
+
+def test_vectors_of_texts_as_files_hold_them(tmp_path: Path):
+    prefixes = {"query": "q: ", "document": "qq: "}
+    task = open_task("embedding", Splits({}, "mine", {"prefixes": prefixes}))
+    predictor = task.predictor(task.net(Letters()))
+    (tmp_path / "in.txt").write_bytes("\ufeffa\r\n\r\naa\u2028a\r\n".encode())
+    (tmp_path / "in.jsonl").write_text('{"body": "aaaa"}\n')
+    both = [tmp_path / "in.txt", tmp_path / "in.jsonl"]
+    predictor.infer(both, tmp_path / "out.jsonl", {"text": "body", "kind": "query"})
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["input"].rpartition("/")[2] for row in rows] == [
+        "in.txt:1",
+        "in.txt:3",
+        "in.jsonl:1",
+    ]
+    assert [row["vector"] for row in rows] == [[1, 1], [1, 3], [1, 4]]
+    assert predictor.predict(["a"], kind="document")[0].tolist() == [2, 1]
+    assert predictor.predict(["a"], prefix="qqq ")[0].tolist() == [3, 1]
+    assert predictor.predict(["a"])[0].tolist() == [0, 1]
+    with pytest.raises(DataError, match="query or document, not 'querry'; did you mean 'query'"):
+        predictor.predict(["a"], kind="querry")
+    np.save(tmp_path / "in.npy", np.zeros((2, 3)))
+    with pytest.raises(DataError, match="this model reads texts"):
+        predictor.infer([tmp_path / "in.npy"], None, {})

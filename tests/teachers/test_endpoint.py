@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import multiprocessing
 import os
 import random
 import signal
+import struct
 import time
 from itertools import pairwise
 
@@ -452,3 +454,31 @@ def test_progress_can_stop_the_asking_while_nothing_answers(tmp_path):
         asyncio.run(ask_all(silent, asked, journal, concurrency=2, progress=stop))
     with Journal(tmp_path / "j") as journal:
         assert set(journal.uncertain) == {asked[0].key(), asked[1].key()}
+
+
+def test_embeddings_in_base64_are_numbers():
+    row = base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()
+    assert read_embeddings({"data": [{"index": 0, "embedding": row}]}, 1).tolist() == [[0.5, -2.0]]
+    with pytest.raises(TeacherError, match="cannot be read"):
+        read_embeddings({"data": [{"index": 0, "embedding": row[:6]}]}, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"index": 0, "embedding": [1, 2]}, {"index": 0, "embedding": [3, 4]}], "indices are not"),
+        ([{"index": 0, "embedding": [1]}, {"index": 1, "embedding": [3, 4]}], "cannot be read"),
+        ([{"index": 0, "embedding": []}, {"index": 1, "embedding": []}], r"got shape \(2, 0\)"),
+        ([{"index": 0, "embedding": [1, float("nan")]}], "NaN or infinity"),
+        ([{"index": 0, "embedding": [1, None]}], "cannot be read"),
+        ([{"index": 0, "vector": [1]}], "no field 'embedding'"),
+    ],
+)
+def test_embeddings_that_are_none_are_told(rows, told):
+    with pytest.raises(TeacherError, match=told):
+        read_embeddings({"data": rows}, len(rows))
+
+
+def test_embeddings_without_an_index_stand_as_they_came():
+    raw = {"data": [{"embedding": [3, 4]}, {"embedding": [1, 2]}]}
+    assert read_embeddings(raw, 2).tolist() == [[3, 4], [1, 2]]

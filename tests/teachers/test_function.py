@@ -84,3 +84,21 @@ def test_a_recipe_names_a_function_or_a_factory(tmp_path: Path, monkeypatch: pyt
         import_callable("own_teacher:anser")
     with pytest.raises(ModelError, match="cannot be imported"):
         import_callable("no_such_module:answer")
+
+
+def test_a_function_of_texts_gives_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_encoder.py").write_text(
+        "def embed(texts):\n    return [[float(len(text)), 1.0] for text in texts]\n"
+        "def make():\n    return embed\n"
+        "def broken(texts):\n    raise OSError('the index is gone')\n"
+        "def broken_batch(batch):\n    raise OSError('the index is gone')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    read = Batch(id=torch.arange(2), text=["abc", "de"])
+    for name in ("embed", "make"):
+        teacher = import_callable(f"own_encoder:{name}")
+        teacher.bind([Want("embedding")], None)
+        assert teacher.knowledge(read).tensor("embedding").tolist() == [[3, 1], [2, 1]]
+    for name in ("broken", "broken_batch"):
+        with pytest.raises(TeacherError, match=rf"{name} failed with OSError: the index is gone"):
+            import_callable(f"own_encoder:{name}").knowledge(read)

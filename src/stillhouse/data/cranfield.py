@@ -134,12 +134,14 @@ class Cranfield(DataSet[CranfieldOptions]):
                 name = f"{self.name}/{role}"
                 judged = judged_source(collection, queries, pairs, name, options.prefix)
                 sources[role] = judged
-        about = {
+        about: dict[str, Any] = {
             "name": self.name,
             "hash": digest.hexdigest(),
             "licence": self.licence,
             "source": self.source,
         }
+        if options.prefix:
+            about["prefixes"] = {"query": options.prefix, "document": ""}
         also = [n for n in ("stsb", "clinc150") if getattr(options, n)]
         return Splits(sources, f"{self.name} ({'+'.join([edition, *also])})", about)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from stillhouse.data.cached import content_hash
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.options import DataOptions
 from stillhouse.data.roots import locate
-from stillhouse.errors import DataError, nearest
+from stillhouse.errors import DataError
+from stillhouse.parts.text_lines import content_of, texts_of
 
 
 class PlainTextOptions(DataOptions):
@@ -94,23 +94,8 @@ def read_texts(file: Path, field: str) -> Iterator[str]:
         DataError: a line that is no JSON object or lacks the field, by number.
     """
     if file.suffix == ".txt":
-        text = file.read_text(encoding="utf-8")
+        text = content_of(file).replace("\r\n", "\n")
         if text.strip():
             yield text
         return
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number} is no JSON: {error}") from error
-            found = entry.get(field) if isinstance(entry, dict) else None
-            if not isinstance(found, str):
-                known = entry if isinstance(entry, dict) else ()
-                raise DataError(
-                    f"{file}, line {number}: no text in the field '{field}'{nearest(field, known)}"
-                )
-            if found.strip():
-                yield found
+    yield from (text for _, text in texts_of(file, field))

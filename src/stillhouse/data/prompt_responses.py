@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,11 @@ from stillhouse.data.data_set import DataSet
 from stillhouse.data.e2e_nlg import by_prompt
 from stillhouse.data.prompt_options import PromptOptions
 from stillhouse.data.prompt_rows import Pair, prompt_splits
-from stillhouse.data.split_files import (
-    files_of_splits,
-    hash_of_splits,
-    json_lines,
-    read_text,
-)
-from stillhouse.errors import DataError, RecipeError, nearest
+from stillhouse.data.split_files import files_of_splits, hash_of_splits
+from stillhouse.errors import DataError, RecipeError
+from stillhouse.parts.text_lines import field_of, json_lines, prompt_of
 
-# Names under which prompt and response are found, in order of preference.
-PROMPTS = ("prompt", "instruction", "question", "query")
+# Names under which a response is found, in order of preference.
 RESPONSES = ("output", "response", "answer", "completion", "references")
 _WANTED = "train.jsonl (or train.jsonl.gz)"
 
@@ -105,11 +100,13 @@ class PromptResponses(DataSet[PromptResponseOptions]):
 
 def _pairs(path: Path, options: PromptResponseOptions) -> list[Pair]:
     rows: list[tuple[str, list[str]]] = []
-    for line, entry in json_lines(read_text(path), path):
+    for line, entry in json_lines(path):
         if options.limit is not None and len(rows) == options.limit:
             break
         where = f"{path}, line {line}"
-        rows.append((_prompt(entry, options.prompt, where), _said(entry, options.response, where)))
+        rows.append(
+            (prompt_of(entry, options.prompt, where), _said(entry, options.response, where))
+        )
     if not rows:
         raise DataError(f"{path} is empty: it holds no rows")
     known: dict[str, dict[str, None]] = {}
@@ -118,28 +115,8 @@ def _pairs(path: Path, options: PromptResponseOptions) -> list[Pair]:
     return [Pair(prompt, said[0], tuple(known[prompt])) for prompt, said in rows]
 
 
-def _field(entry: Mapping[str, Any], names: Sequence[str], option: str, where: str) -> str:
-    """The first of the names that the entry has."""
-    for name in names:
-        if name in entry:
-            return name
-    raise DataError(
-        f"{where}: no field '{names[0]}'{nearest(names[0], entry)} (the option '{option}' names "
-        "the field)"
-    )
-
-
-def _prompt(entry: Mapping[str, Any], field: str | None, where: str) -> str:
-    name = _field(entry, PROMPTS if field is None else (field,), "prompt", where)
-    found = entry[name]
-    if not isinstance(found, str) or not found.strip():
-        raise DataError(f"{where}: the prompt is empty (field '{name}': {found!r})")
-    more = entry.get("input") if field is None and name == "instruction" else None
-    return f"{found}\n\n{more}" if isinstance(more, str) and more.strip() else found
-
-
 def _said(entry: Mapping[str, Any], field: str | None, where: str) -> list[str]:
-    name = _field(entry, RESPONSES if field is None else (field,), "response", where)
+    name = field_of(entry, RESPONSES if field is None else (field,), "response", where)
     found = entry[name]
     texts = [found] if isinstance(found, str) else found
     good = isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)

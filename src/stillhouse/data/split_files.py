@@ -1,13 +1,10 @@
-"""A user's own files of rows: one, or one for each split in a folder; and lines of JSON."""
+"""A user's own files of rows: one, or one for each split in a folder."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from stillhouse.data.cached import content_hash
 from stillhouse.data.roots import locate
@@ -54,39 +51,3 @@ def hash_of_splits(files: Mapping[str, Path]) -> str:
     """sha256 of the contents, and of which split each is."""
     told = "".join(f"{role}:{content_hash(path)};" for role, path in files.items())
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def read_text(path: Path) -> str:
-    """A file of UTF-8, unpacked where it ends in .gz.
-
-    Raises:
-        DataError: damaged, or not UTF-8.
-    """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            return opened.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def json_lines(content: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of lines, with their numbers; blank lines are left out.
-
-    Args:
-        content: of the file.
-        path: for the error.
-
-    Raises:
-        DataError: a line is no JSON object; by number.
-    """
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode as they are.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}, line {number}: an object is needed, not {line[:60]}")
-        yield number, entry

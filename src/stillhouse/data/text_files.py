@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -15,15 +11,11 @@ from pydantic import Field
 from stillhouse.batch import Splits
 from stillhouse.data.data_set import DataSet
 from stillhouse.data.options import OwnOptions, TextOptions
-from stillhouse.data.split_files import (
-    files_of_splits,
-    hash_of_splits,
-    json_lines,
-    read_text,
-)
+from stillhouse.data.split_files import files_of_splits, hash_of_splits
 from stillhouse.data.splitting import hold_out
 from stillhouse.data.text_rows import TextRows, text_splits
 from stillhouse.errors import DataError, RecipeError, nearest
+from stillhouse.parts.text_lines import entries
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _WANTED = f"train file (train with one of {', '.join(_SUFFIXES)}, with .gz or without)"
@@ -110,11 +102,8 @@ def _read(path: Path, text: str, label: str) -> list[Row]:
     Raises:
         DataError: damaged, not UTF-8, a missing column, an empty text or label; names the line.
     """
-    content = read_text(path)
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    pairs = json_lines(content, path) if kind == ".jsonl" else _table(content, path, kind)
     rows = []
-    for line, entry in pairs:
+    for line, entry in entries(path):
         for wanted in (text, label):
             if wanted not in entry:
                 raise DataError(
@@ -132,22 +121,6 @@ def _read(path: Path, text: str, label: str) -> list[Row]:
     if not rows:
         raise DataError(f"{path} is empty: it holds no rows")
     return rows
-
-
-def _table(content: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(
-        io.StringIO(content, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True
-    )
-    try:
-        for entry in reader:
-            if None in entry or None in entry.values():
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(reader.fieldnames or [])} fields are "
-                    "expected, as in the first line"
-                )
-            yield reader.line_num, entry
-    except csv.Error as error:
-        raise DataError(f"{path}, after line {reader.line_num}: {error}") from error
 
 
 def _classes(rows: list[Row], path: Path) -> list[str]:

@@ -889,3 +889,11 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path} is damaged: {error}") from error
     return dict(found)
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, without importing that."""
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in type(module).__mro__
+    )

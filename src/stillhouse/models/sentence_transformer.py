@@ -18,6 +18,9 @@ _VECTOR = "sentence_embedding"
 class SentenceTransformerNet(nn.Module):
     """A `SentenceTransformer` called on raw texts, in training as in use.
 
+    It gives what the model's own `encode` does: with the default prompt that the model names,
+    and cut to its `truncate_dim`. Prompts by kind of text belong to the data.
+
     Args:
         folder: hub id or folder of a model of sentence-transformers; or the model itself.
         width: append a linear layer (Dense without activation) to this width, before a last
@@ -45,12 +48,10 @@ class SentenceTransformerNet(nn.Module):
         Raises:
             ModelError: the model's last module gives no vector per text.
         """
-        # `tokenize` is the name of releases before 6.
-        prepare = getattr(self.model, "preprocess", None) or self.model.tokenize
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         given = {
             name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in prepare(list(texts)).items()
+            for name, value in self._prepared(list(texts)).items()
         }
         found = self.model(given).get(_VECTOR)
         if not isinstance(found, Tensor):
@@ -58,7 +59,21 @@ class SentenceTransformerNet(nn.Module):
                 f"the sentence-transformers model gives no '{_VECTOR}': its last modules are "
                 f"{', '.join(type(m).__name__ for m in self.model)}"
             )
-        return found
+        width = getattr(self.model, "truncate_dim", None)
+        return found if width is None else found[..., : int(width)]
+
+    def _prepared(self, texts: list[str]) -> dict[str, Any]:
+        """Word pieces of texts behind the model's default prompt, where it has one."""
+        name = getattr(self.model, "default_prompt_name", None)
+        prompt = (getattr(self.model, "prompts", None) or {}).get(name) if name else None
+        prepare = getattr(self.model, "preprocess", None)
+        if prepare is not None:
+            return dict(prepare(texts, prompt=prompt) if prompt else prepare(texts))
+        # Releases before 6: a pooling that leaves the prompt out is told how long it is.
+        given = dict(self.model.tokenize([(prompt or "") + text for text in texts]))
+        if prompt:
+            given["prompt_length"] = self.model.tokenize([prompt])["input_ids"].shape[-1] - 1
+        return given
 
 
 def sentence_transformer(folder: str, width: int | None = None) -> SentenceTransformerNet:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.artifact import Predictor
-from stillhouse.errors import DataError, ModelError
+from stillhouse.errors import DataError, ModelError, nearest
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.ranking import Retrieval
 from stillhouse.metrics.similarity import PairSimilarity
+from stillhouse.models.loading import is_hugging_face
 from stillhouse.models.sentence_transformer import (
     SentenceTransformerNet,
     is_sentence_transformer,
 )
 from stillhouse.net import Net, Output
+from stillhouse.parts.text_lines import texts_of
 from stillhouse.task import Metric, Task
 
 
@@ -38,10 +40,28 @@ class Embedding(Task):
     main_metric: ClassVar[str] = "spearman"
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
-        """Wrap an encoder; one of sentence-transformers is called on raw texts."""
+        """Wrap an encoder; one of sentence-transformers is called on raw texts.
+
+        Raises:
+            ModelError: the data are raw texts, and the encoder reads word pieces.
+        """
         if is_sentence_transformer(module):
             module = SentenceTransformerNet(module)
+        self._refuse_bare_encoder(module)
         return Net(module, answer="embedding", taps=taps)
+
+    def _refuse_bare_encoder(self, module: nn.Module) -> None:
+        """A Hugging Face encoder has no tokenizer and no pooling of its own."""
+        views = getattr(self.splits["train"], "views", {}) if "train" in self.splits else {}
+        if "text" not in views or "x" in views or not is_hugging_face(module):
+            return
+        place = str(getattr(module.config, "_name_or_path", "")) or "ID_OR_FOLDER"
+        raise ModelError(
+            f"{type(module).__name__} reads word pieces and gives a state for each; texts need its "
+            "tokenizer and a mean over them as well: {model: stillhouse:sentence_embedder, "
+            f"options: {{encoder: {place}}}}} (with `width` for a linear layer), or a folder of "
+            "sentence-transformers"
+        )
 
     def loss(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Cosine against scores in [0, 1] where both sides of a pair are in the batch.
@@ -92,25 +112,34 @@ class Embedding(Task):
         return batch.view("text" if view == "x" and "x" not in batch else view)
 
     def predictor(self, net: Net) -> Predictor:
-        """Vectors of texts or arrays."""
-        return Embedder(net, {"reads": net.view})
+        """Vectors of texts or arrays; it knows the prefixes that the data put before texts."""
+        prefixes = self.splits.about.get("prefixes")
+        return Embedder(net, {"reads": net.view, **({"prefixes": prefixes} if prefixes else {})})
 
 
 class Embedder(Predictor):
     """Gives the vectors of texts or arrays."""
 
-    reads: ClassVar[str] = "text lines, or .npy arrays of rows"
+    reads: ClassVar[str] = "text lines, .jsonl, .csv or .tsv, or .npy arrays of rows"
     writes: ClassVar[str] = ".npy (rows, width), or jsonl"
-    options: ClassVar[Mapping[str, str]] = {"batch": "inputs at a time (default 64)"}
+    options: ClassVar[Mapping[str, str]] = {
+        "batch": "inputs at a time (default 64)",
+        "kind": "query or document: texts get the prefix that was learned for that kind",
+        "prefix": "put before each text instead",
+        "text": "field or column of .jsonl, .csv and .tsv files (default text)",
+    }
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> list[Tensor]:
         """One vector (width,) per input.
 
         Args:
             inputs: strings for a model of texts, else arrays or tensors as in training.
-            options: `batch`.
+            options: `batch`, `kind`, `prefix`.
         """
         size = int(options.get("batch", 64))
+        prefix = self._prefix(options)
+        if prefix:
+            inputs = [prefix + text for text in inputs]
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         found: list[Tensor] = []
         for start in range(0, len(inputs), size):
@@ -123,6 +152,24 @@ class Embedder(Predictor):
                 found += self.module(view)["embedding"].float().cpu().unbind(0)
         return found
 
+    def _prefix(self, options: Mapping[str, Any]) -> str:
+        """What is put before each text.
+
+        Raises:
+            DataError: an unknown kind, or a prefix for something else than texts.
+        """
+        kind, prefix = options.get("kind"), options.get("prefix")
+        if kind is None and prefix is None:
+            return ""
+        if self.settings.get("reads", "x") != "text":
+            raise DataError("kind and prefix are for models of texts")
+        if prefix is not None:
+            return str(prefix)
+        known = {"query": "", "document": "", **self.settings.get("prefixes", {})}
+        if kind not in known:
+            raise DataError(f"kind is query or document, not '{kind}'{nearest(str(kind), known)}")
+        return str(known[kind])
+
     def infer(
         self, inputs: Sequence[Path], output: Path | None, options: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -132,12 +179,9 @@ class Embedder(Predictor):
         for path in map(Path, inputs):
             if not path.exists():
                 raise DataError(f"{path} does not exist")
-            if path.suffix.lower() == ".npy":
-                rows: list[Any] = list(np.load(path, allow_pickle=False))
-            else:
-                rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-            names += [f"{path}:{number}" for number in range(1, len(rows) + 1)]
-            values += rows
+            rows = self._rows(path, str(options.get("text", "text")))
+            names += [f"{path}:{number}" for number, _ in rows]
+            values += [value for _, value in rows]
         if not values:
             raise DataError("nothing to read: no line of text and no row of an array was found")
         vectors = torch.stack(self.predict(values, **dict(options)))
@@ -145,6 +189,19 @@ class Embedder(Predictor):
             _write(names, vectors, Path(output))
         shape = list(vectors.shape)
         return {"inputs": len(names), "shape": shape, "output": str(output) if output else None}
+
+    def _rows(self, path: Path, field: str) -> list[tuple[int, Any]]:
+        """Each input of a file with its number: of the line, or of the row."""
+        array = path.suffix.lower() == ".npy"
+        if array == (self.settings.get("reads", "x") == "text"):
+            wanted = ".npy arrays" if not array else "texts"
+            raise DataError(f"{path}: this model reads {wanted}")
+        if not array:
+            return list(texts_of(path, field))
+        try:
+            return list(enumerate(np.load(path, allow_pickle=False), 1))
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as an array: {error}") from error
 
 
 def _write(names: Sequence[str], vectors: Tensor, output: Path) -> None:

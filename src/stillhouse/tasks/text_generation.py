@@ -20,6 +20,7 @@ from stillhouse.metrics.text_overlap import overlap
 from stillhouse.metrics.token_loss import TokenLoss
 from stillhouse.models.causal_lm import LanguageNet, Vocabulary, head_size, merged
 from stillhouse.net import Net, Output
+from stillhouse.parts.text_lines import json_lines, kind_of, numbered_lines, prompt_of
 from stillhouse.parts.text_sampler import TextSampler, context_of
 from stillhouse.parts.text_tokens import TextTokens, load_tokenizer, refuse_other_tokens
 from stillhouse.parts.token_rows import padded, predicting, prompts, response_items, responses
@@ -367,17 +368,6 @@ class TextWriter(Predictor):
 def _prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path} is no file of prompts")
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if path.suffix.lower() != ".jsonl":
-        return lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        text = entry.get("prompt", entry.get("instruction")) if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise DataError(f"{path}, line {number}: no text in the field 'prompt'")
-        found.append(text)
-    return found
+    if kind_of(path) != ".jsonl":
+        return [line for _, line in numbered_lines(path)]
+    return [prompt_of(entry, None, f"{path}, line {number}") for number, entry in json_lines(path)]

@@ -9,9 +9,11 @@ quarter to a half of its rate.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -159,6 +161,9 @@ class Endpoint:
         if not texts:
             raise TeacherError("no text to embed")
         parts = await asyncio.gather(*(part(i) for i in range(0, len(texts), batch)))
+        widths = sorted({part.shape[1] for part in parts})
+        if len(widths) > 1:
+            raise TeacherError(f"{self.base_url} gave embeddings of different width: {widths}")
         return torch.cat(parts)
 
     async def _patiently(self, key: str, attempt: Callable[[], Any]) -> Any:
@@ -411,14 +416,32 @@ def _counts(usage: object) -> dict[str, int]:
 def read_embeddings(raw: Mapping[str, Any], count: int) -> Tensor:
     """`/embeddings` as (count, dim) float32, rows in the order asked.
 
+    A vector is a list of numbers, or base64 of little-endian float32 as some servers send it.
+    Rows without `index` stand as they came.
+
     Raises:
-        TeacherError: another number of rows, or rows of different length.
+        TeacherError: another number of rows, rows of different length, numbers that are none, or
+            an `index` that does not say one row each.
     """
     try:
-        rows = sorted(raw["data"], key=lambda row: int(row["index"]))
-        vectors = torch.tensor([row["embedding"] for row in rows], dtype=torch.float32)
-    except (KeyError, TypeError, ValueError) as error:
-        raise TeacherError(f"the embeddings that came back cannot be read: {error}") from error
-    if vectors.ndim != 2 or len(vectors) != count:
+        rows = list(raw["data"])
+        if rows and all("index" in row for row in rows):
+            rows.sort(key=lambda row: int(row["index"]))
+            if [int(row["index"]) for row in rows] != list(range(len(rows))):
+                raise ValueError("their indices are not 0, 1, 2 ...")
+        vectors = torch.tensor([_vector(row["embedding"]) for row in rows], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError, struct.error) as error:
+        why = f"no field {error}" if isinstance(error, KeyError) else error
+        raise TeacherError(f"the embeddings that came back cannot be read: {why}") from error
+    if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
         raise TeacherError(f"asked for {count} embeddings, got shape {tuple(vectors.shape)}")
+    if not bool(vectors.isfinite().all()):
+        raise TeacherError("the embeddings that came back hold NaN or infinity")
     return vectors
+
+
+def _vector(given: Any) -> list[float]:
+    if not isinstance(given, str):
+        return list(given)
+    content = base64.b64decode(given, validate=True)
+    return [number for (number,) in struct.iter_unpack("<f", content)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.batch import Batch
-from stillhouse.errors import TeacherError, nearest
+from stillhouse.errors import StillhouseError, TeacherError, nearest
 from stillhouse.models.loading import imported
 from stillhouse.teacher import Frozen, Knowledge, Teacher, TopK, Value, Want, answered
 from stillhouse.teachers.live import ACCESS
@@ -85,12 +85,18 @@ class Callable:
         return answered(self._wants or (), batch, self._answer)
 
     def _answer(self, batch: Batch, wants: Sequence[Want]) -> Knowledge:
-        with torch.no_grad():
-            answer = self.function(batch)
+        try:
+            with torch.no_grad():
+                answer = self.function(batch)
+        except StillhouseError:
+            raise
+        except Exception as error:
+            raise failed(f"the function {self.name}", error) from error
         if not isinstance(answer, Mapping):
             raise TeacherError(
                 f"the function {self.name} returned {type(answer).__name__}; a mapping from field "
-                "names to tensors is needed"
+                "names to tensors is needed (a function from strings to vectors calls its first "
+                "parameter `texts`)"
             )
         values = {key: self._checked(key, value, batch) for key, value in answer.items()}
         if self._wants is None:
@@ -129,8 +135,16 @@ class Callable:
         raise TeacherError(f"the function {self.name} is no module: give the teacher as a model")
 
 
+def failed(name: str, error: Exception) -> TeacherError:
+    """What a user's own function has raised, by the function's name."""
+    return TeacherError(f"{name} failed with {type(error).__name__}: {error}")
+
+
 def import_callable(reference: str, *, fingerprint: str | None = None) -> Teacher:
     """The teacher that a recipe names as `callable: package.module:function`.
+
+    A function from a batch to its fields; or, where its first parameter is called `texts` or
+    `sentences`, from a list of strings to an array of vectors.
 
     Args:
         reference: the function; or a factory without parameters that returns one, or a
@@ -147,8 +161,21 @@ def import_callable(reference: str, *, fingerprint: str | None = None) -> Teache
         teacher: Teacher = made
         return teacher
     identity = fingerprint or source_of(found, reference)
+    if _reads_texts(made):
+        from stillhouse.teachers.text_vectors import TextVectors
+
+        return TextVectors(made, fingerprint=f"{reference}|{identity}", name=reference)
     declared = getattr(made, "fields", None)
     return Callable(made, fields=declared, fingerprint=f"{reference}|{identity}", name=reference)
+
+
+def _reads_texts(function: Any) -> bool:
+    """Whether the first parameter's name says texts, not a batch."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return False
+    return bool(names) and names[0] in ("texts", "sentences")
 
 
 def _is_factory(found: Any) -> bool:

@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from stillhouse.batch import Batch
-from stillhouse.errors import TeacherError
+from stillhouse.errors import StillhouseError, TeacherError
 from stillhouse.teacher import Frozen, Knowledge, Want, answered
 from stillhouse.teachers.endpoint import Endpoint
-from stillhouse.teachers.function import source_of
+from stillhouse.teachers.function import failed, source_of
 
 Embed = Callable[[list[str]], Any]
 VECTOR = "embedding"
@@ -78,8 +78,14 @@ class TextVectors:
 
     def _answer(self, batch: Batch, wants: Sequence[Want]) -> Knowledge:
         texts = list(batch.view(self.view))
-        with torch.no_grad():
-            vectors = self._tensor(self.vectors(texts), len(texts))
+        try:
+            with torch.no_grad():
+                found = self.vectors(texts)
+        except StillhouseError:
+            raise
+        except Exception as error:
+            raise failed(self.name, error) from error
+        vectors = self._tensor(found, len(texts))
         keys = [want.key for want in wants] or [VECTOR]
         return Knowledge(dict.fromkeys(keys, vectors.to(batch.device)))
 
@@ -93,7 +99,7 @@ class TextVectors:
             tensor = tensor.detach().float()
         except (TypeError, ValueError) as error:
             raise TeacherError(f"{self.name} gave no array of vectors: {error}") from error
-        if tensor.ndim != 2 or len(tensor) != count:
+        if tensor.ndim != 2 or len(tensor) != count or not tensor.shape[1]:
             raise TeacherError(
                 f"{self.name} gave {tuple(tensor.shape)} for {count} texts; one vector per text "
                 "is needed, (texts, width)"
