@@ -161,13 +161,16 @@ class Unit(NamedTuple):
     Attributes:
         ours: `[first, stop)` of its tokens on one side; the end token is the one behind all.
         theirs: likewise.
-        place: characters before it.
-        word: its text; "" for the end. Words whose boundaries are not shared are one unit.
+        place: characters before it; the blanks before a word are its own.
+        stop: characters before what follows.
+        word: its text without blanks; "" for the end. Words whose boundaries are not shared are
+            one unit.
     """
 
     ours: Span
     theirs: Span
     place: int
+    stop: int
     word: str
 
 
@@ -191,13 +194,13 @@ def units(ours: Reading, theirs: Reading) -> list[Unit]:
         if word in starts:
             cuts.append((i, j, place))
     found = [
-        Unit((i, k), (j, m), place, text[place:stop].strip())
+        Unit((i, k), (j, m), place, stop, text[place:stop].strip())
         for (i, j, place), (k, m, stop) in pairwise(cuts)
         if text[place:stop].strip()
     ]
     if cuts and ours.ended and theirs.ended and cuts[-1][:2] == (len(ours.ids), len(theirs.ids)):
         i, j, place = cuts[-1]
-        found.append(Unit((i, i + 1), (j, j + 1), place, ""))
+        found.append(Unit((i, i + 1), (j, j + 1), place, place, ""))
     return found
 
 
@@ -210,7 +213,7 @@ def disputed(
     """Units at which the other side would say something else, the most disputed first.
 
     The measure is the difference of the log-likelihoods per character, ours less theirs: largest
-    where we are sure of what they find unlikely. The end of a text counts as one character.
+    where we are sure of what they find unlikely. Blanks count; the end of a text is one character.
 
     Args:
         words: of a text.
@@ -227,7 +230,7 @@ def disputed(
         if all(agreed[slice(*unit.theirs)]):
             continue
         difference = sum(ours[slice(*unit.ours)]) - sum(theirs[slice(*unit.theirs)])
-        apart[number] = difference / max(1, len(unit.word))
+        apart[number] = difference / max(1, unit.stop - unit.place)
     return sorted(apart, key=lambda number: -apart[number])
 
 
