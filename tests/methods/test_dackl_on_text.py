@@ -63,7 +63,9 @@ def terms_of(objective, batch, clock=None):
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
-    objective, batch = opened(folder / "job", text="given", w_sft=0.5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("STILLHOUSE_CACHE", str(folder / "cache"))
+        objective, batch = opened(folder / "job", text="given", w_sft=0.5)
     objective.eval()  # no dropout, so that the same rows give the same terms
     return objective, batch
 
@@ -223,7 +225,7 @@ def test_a_released_llama_teaches_a_gpt2_of_words(tmp_path):
     )
     figures = next(iter(next(iter(result.sides.values())).values()))
     assert math.isfinite(figures["loss"])
-    # an untrained teacher says no whole word, so that nothing is corrected; places meet all the same
+    # An untrained teacher says no whole word, so nothing is corrected; places meet all the same.
     assert sum(row[1] for row in result.artifact.meta["texts"]) == 2
     assert sum(row[0] for row in result.artifact.meta["bands"]) > 0
 

@@ -216,13 +216,11 @@ def test_a_learnt_tokenizer_says_any_text_and_is_the_same_again(pieces: TextToke
     assert len(bpe_tokenizer(TEXTS, merges=3)) == 261
 
 
-def test_a_released_tokenizer_meets_words(words: TextTokens):
-    from stillhouse.models.loading import find_folder
-
-    place = find_folder("HuggingFaceTB/SmolLM2-135M-Instruct")
-    if place is None:
+def test_a_released_tokenizer_meets_words(words: TextTokens, real_models: Path):
+    place = real_models / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    if not place.exists():
         pytest.skip("SmolLM2 is not among the models (make models)")
-    released = TextTokens(load_tokenizer(str(Path(place))), template="{prompt}\n", name="smol")
+    released = TextTokens(load_tokenizer(str(place)), template="{prompt}\n", name="smol")
     for text in TEXTS:
         ours, theirs = read(words, text, ended=True), read(released, text, ended=True)
         found = units(ours, theirs)
