@@ -165,6 +165,11 @@ class Vocabulary:
         """Number of ids that all models have."""
         return min(self._whole, *self._of.values()) if self._of else self._whole
 
+    @size.setter
+    def size(self, size: int) -> None:
+        self._whole = size
+        self._of.clear()
+
     def narrow(self, size: int, who: Hashable = None) -> None:
         """A model has only so many."""
         self._of[who] = min(size, self._of.get(who, size))
