@@ -33,6 +33,10 @@ class ModelError(StillhouseError):
     """A model that cannot be found, built, or does not fit its role."""
 
 
+class VocabularyError(ModelError):
+    """A language model whose token ids stand for other text than those of the data."""
+
+
 class TeacherError(StillhouseError):
     """A teacher that cannot give what a method wants, or a store or endpoint that fails."""
 

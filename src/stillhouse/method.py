@@ -131,6 +131,17 @@ class Method:
         figures: dict[str, float] = job.task.judge(job, artifact.module, "test")
         return figures
 
+    def check_teacher(self, job: Any, net: Any) -> None:
+        """Refuse a network that cannot teach this method, before it is trained or asked.
+
+        Args:
+            job: of the run.
+            net: the teacher's. One whose logits are asked for must know the task's classes; others
+                are checked by what is wanted of them.
+        """
+        if "logits" in self.card.needs:
+            job.task.check(None, net)
+
     def teacher(self, job: Any, artifact: Artifact) -> Any:
         """Who teaches when this run is the teacher of another recipe.
 

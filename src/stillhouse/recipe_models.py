@@ -241,9 +241,8 @@ class RecipeModels:
         )
 
     def _check_teacher(self, job: Job, net: Net) -> None:
-        """A teacher of logits must know the same classes; others are checked by their wants."""
-        if "logits" in catalogue.find(self.recipe.method).card.get("needs", ()):
-            job.task.check(None, net)
+        """The method says what a teacher must be; see `Method.check_teacher`."""
+        open_method(self.recipe).check_teacher(job, net)
 
     def trainable_teacher(self, job: Job, role: str, trained: bool) -> Net:
         """The recipe's teacher as a network of the method's own; see `Job.trainable_teacher`."""

@@ -633,3 +633,43 @@ def test_bad_input_is_told():
         L.kl(s, t, mask=torch.ones(3, 1))
     with pytest.raises(ModelError, match="targets of shape"):
         L.label_smoothing_cross_entropy(s, torch.zeros(2, dtype=torch.long))
+
+
+# ----------------------------------------------------------------------------- sorted heads
+
+
+def test_sorted_heads_differ_by_what_stands_at_their_ranks():
+    student = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    teacher = torch.tensor([[0.1, 0.6, 0.05, 0.25]]).log()
+    # .6 .25 .1 .05 and .5 .3 .2 0
+    for k, expected in ((1, 0.1), (2, 0.15), (3, 0.25), (4, 0.3), (9, 0.3)):
+        found = L.sorted_distance(student, teacher, k=k)
+        torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_equal_sorted_heads_are_no_distance_whatever_the_ids():
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved, others_moved = logits[:, torch.randperm(9)], other.flip(-1)
+    assert L.sorted_distance(moved, logits, k=4).item() < 1e-15
+    torch.testing.assert_close(
+        L.sorted_distance(moved, others_moved, k=4), L.sorted_distance(logits, other, k=4)
+    )
+
+
+def test_sorted_heads_take_a_mask_and_give_the_student_a_gradient():
+    student = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(4, 8, dtype=torch.float64)
+    mask = torch.tensor([True, False, True, False])
+    found = L.sorted_distance(student, teacher, k=3, mask=mask)
+    torch.testing.assert_close(found, L.sorted_distance(student[mask], teacher[mask], k=3))
+    (slope,) = torch.autograd.grad(found, student)
+    assert (slope[~mask] == 0).all()
+    assert (slope[mask].abs().sum(-1) > 0).all()
+    assert torch.autograd.gradcheck(
+        lambda x: L.sorted_distance(x, teacher, k=3), student.detach().requires_grad_()
+    )
+    with pytest.raises(ModelError, match="all but the classes"):
+        L.sorted_distance(student[:2], teacher, k=3)
+    with pytest.raises(RecipeError, match="at least 1"):
+        L.sorted_distance(student, teacher, k=0)

@@ -12,8 +12,12 @@ class PromptOptions(DataOptions):
 
     tokenizer: str = Field(
         "words",
-        description="words: the words and marks of the training texts; else hub id or folder of "
-        "a Hugging Face tokenizer, that of the models",
+        description="words: the words and marks of the training texts; bpe: parts of words, "
+        "learnt from the training texts; else hub id or folder of a Hugging Face tokenizer, that "
+        "of the models",
+    )
+    merges: int = Field(
+        1000, ge=0, description="of bpe: pairs that are joined, on top of the 256 bytes"
     )
     least: int = Field(
         2, ge=1, description="of words: how often one occurs in training to become a token"

@@ -14,9 +14,14 @@ from stillhouse.batch import Batch, Sample, Source, Splits
 from stillhouse.clock import Views
 from stillhouse.data.data_set import DataSet
 from stillhouse.errors import DataError
-from stillhouse.parts.text_tokens import TextTokens, load_tokenizer, word_tokenizer
+from stillhouse.parts.text_tokens import (
+    TextTokens,
+    bpe_tokenizer,
+    load_tokenizer,
+    word_tokenizer,
+)
 
-WORDS = "words"
+WORDS, BPE = "words", "bpe"
 
 
 @dataclass(frozen=True)
@@ -191,12 +196,18 @@ def _longest(train: Source) -> int:
 
 def _tokens(train: Sequence[Pair], options: Any) -> TextTokens:
     if options.tokenizer == WORDS:
-        texts = {pair.prompt: None for pair in train}
-        whole = [*texts, *(pair.response for pair in train)]
-        made = word_tokenizer(whole, least=options.least)
+        made = word_tokenizer(_texts(train), least=options.least)
         return TextTokens(made, template=options.template or "", name=WORDS)
+    template = "{prompt}\n" if options.template is None else options.template
+    if options.tokenizer == BPE:
+        made = bpe_tokenizer(_texts(train), merges=options.merges)
+        return TextTokens(made, template=template, name=BPE)
     from stillhouse.models.loading import find_folder
 
     place = find_folder(options.tokenizer) or options.tokenizer
-    template = "{prompt}\n" if options.template is None else options.template
     return TextTokens(load_tokenizer(str(place)), template=template, name=options.tokenizer)
+
+
+def _texts(train: Sequence[Pair]) -> list[str]:
+    """Every prompt once, and all responses."""
+    return [*dict.fromkeys(pair.prompt for pair in train), *(pair.response for pair in train)]

@@ -399,6 +399,61 @@ def topk_kl(
     return _reduce(_scaled(items, temperature, scale), mask, reduction)
 
 
+def sorted_distance(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    k: int,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Distance of the largest probabilities, whatever classes they belong to.
+
+    sum over r <= k of |p_(r) - q_(r)| with p_(r), q_(r) the r-th largest probability of each
+    side. Which class stands at which rank is not compared, so the vocabularies may differ; of the
+    smaller one the missing classes have probability 0. Universal Logit Distillation (Boizard et
+    al. 2024, section 3) sums over all classes: the Wasserstein-1 distance where moving a unit of
+    probability from any class to any other costs the same. Here the heads are clipped at k and
+    not renormalised.
+
+    Args:
+        student_logits: (..., classes).
+        teacher_logits: (..., other classes), equal leading shape.
+        k: largest probabilities of each side that are compared, >= 1.
+        temperature: > 0; one number, or one per item.
+        mask: leading shape.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or the leading shape for "none"; in [0, 2].
+
+    Raises:
+        ModelError: leading shapes differ, or a single class.
+        RecipeError: `k` below 1.
+    """
+    if k < 1:
+        raise RecipeError(f"k must be at least 1, not {k}")
+    if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+        raise ModelError(
+            f"student logits of shape {tuple(student_logits.shape)} and teacher logits of shape "
+            f"{tuple(teacher_logits.shape)} must be equal in all but the classes"
+        )
+    _check_classes(student_logits)
+    _check_classes(teacher_logits)
+
+    def head(logits: Tensor) -> Tensor:
+        p = _tempered(wide(logits), temperature).softmax(-1)
+        largest = p.topk(min(k, p.shape[-1]), dim=-1).values
+        return F.pad(largest, (0, k - largest.shape[-1]))
+
+    def rows(student: Tensor, teacher: Tensor) -> Tensor:
+        return (head(teacher) - head(student)).abs().sum(-1)
+
+    items = _in_blocks(rows, temperature, student_logits, teacher_logits, mask=mask)
+    return _reduce(items, mask, reduction)
+
+
 # ------------------------------------------------------------------- sigmoid divergences
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from stillhouse.errors import MissingExtra, ModelError, nearest
 from stillhouse.net import Net
 from stillhouse.parts.text_sampler import cache_name, takes
-from stillhouse.parts.text_tokens import TextTokens
+from stillhouse.parts.text_tokens import TextTokens, load_tokenizer
+
+_NUMBERS = itertools.count()
 
 
 class CausalLM(nn.Module):
@@ -143,14 +146,28 @@ class Vocabulary:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self._whole, self._of = size, dict[Hashable, int]()
 
     def __deepcopy__(self, memo: Any) -> Vocabulary:
         return self
 
-    def narrow(self, size: int) -> None:
+    @property
+    def size(self) -> int:
+        """Number of ids that all models have."""
+        return min(self._whole, *self._of.values()) if self._of else self._whole
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._whole = size
+        self._of.clear()
+
+    def narrow(self, size: int, who: Hashable = None) -> None:
         """A model has only so many."""
-        self.size = min(self.size, size)
+        self._of[who] = min(size, self._of.get(who, size))
+
+    def forget(self, who: Hashable) -> None:
+        """A model is none of them: it has a vocabulary of its own."""
+        self._of.pop(who, None)
 
 
 class LanguageNet(Net):
@@ -168,6 +185,7 @@ class LanguageNet(Net):
     Attributes:
         view: "tokens", unless the module says otherwise.
         tokens: what the model was trained on, where it comes with that.
+        apart: it reads text by `tokens` and shares no ids with the models of the run.
     """
 
     def __init__(
@@ -180,6 +198,8 @@ class LanguageNet(Net):
         super().__init__(module, answer="logits", taps=taps)
         self.view = str(getattr(module, "reads", "tokens"))
         self.tokens: TextTokens | None = None
+        self.apart = False
+        self._number = next(_NUMBERS)
         self._shared: Vocabulary | None = None
         self._plain_head = False
         if shared is not None:
@@ -190,7 +210,39 @@ class LanguageNet(Net):
         self._shared = vocabulary
         size = head_size(self.module)
         if size is not None:
-            vocabulary.narrow(size)
+            vocabulary.narrow(size, self._number)
+
+    def set_apart(self, tokens: TextTokens) -> None:
+        """Read text by a tokenizer of its own, whatever the ids of the run's models are.
+
+        Args:
+            tokens: that of the model.
+        """
+        if self._shared is not None:
+            self._shared.forget(self._number)
+        self.tokens, self.apart = tokens, True
+        self.share(Vocabulary(tokens.size))
+
+    def reader(self, template: str | None = None) -> TextTokens | None:
+        """How the model reads text: as it was trained, or by the tokenizer beside its weights.
+
+        Args:
+            template: of prompts, see `TextTokens`; None: as it was trained, or the prompt and a
+                new line.
+
+        Returns:
+            None where the model comes with neither.
+        """
+        place = getattr(self.module, "tokenizer_at", None)
+        if self.tokens is not None:
+            told = self.tokens
+            if template is None:
+                return told
+            return TextTokens(told.tokenizer, template=template, name=told.name)
+        if place is None:
+            return None
+        form = "{prompt}\n" if template is None else template
+        return TextTokens(load_tokenizer(str(place)), template=form, name=str(place))
 
     @property
     def vocabulary(self) -> int | None:

@@ -92,12 +92,35 @@ def revised(
     prompt = rows["attention_mask"] & ~rows["response_mask"]
     answer = there & ~prompt
     whole = Batch(tokens=kept, attention_mask=there, response_mask=answer)
-    room = (answer.sum(1) < sampler.max_new) & (there.sum(1) < longest)
-    going = (~stops & room).nonzero()[:, 0]
-    if len(going):
-        whole = _gone_on(net, whole, sampler, chance, going)
-    whole = cut(whole, longest, sampler.max_new, sampler.padding)
+    whole = gone_on(net, whole, ~stops, sampler, chance, longest=longest)
     return Revised(whole, ~agreed, found.position + (~agreed).long())
+
+
+def gone_on(
+    net: nn.Module,
+    rows: Batch,
+    unfinished: Tensor,
+    sampler: TextSampler,
+    chance: Tensor,
+    *,
+    longest: int,
+) -> Batch:
+    """Rows whose unfinished responses the net has gone on with; the others stay.
+
+    Args:
+        net: a causal language model.
+        rows: prompt and what is said so far, padded on the right.
+        unfinished: (B,) bool; of them those that have no room for another token stay too.
+        sampler: how it samples.
+        chance: (B, sampler.max_new) uniform numbers.
+        longest: most tokens of a row; what is beyond is cut off.
+    """
+    there, answer = rows["attention_mask"], rows["response_mask"]
+    room = (answer.sum(1) < sampler.max_new) & (there.sum(1) < longest)
+    going = (unfinished & room).nonzero()[:, 0]
+    if len(going):
+        rows = _gone_on(net, rows, sampler, chance, going)
+    return cut(rows, longest, sampler.max_new, sampler.padding)
 
 
 def _gone_on(
@@ -138,12 +161,17 @@ class Replay(Ring):
         capacity: sequences at most.
         longest: most tokens of a row.
         padding: id that fills rows.
+        named: keep the rows' ids too, by which their prompts are found again.
     """
 
-    def __init__(self, capacity: int, longest: int, padding: int = 0) -> None:
-        fields = {"tokens": (longest,), "prompt": (), "length": ()}
+    def __init__(
+        self, capacity: int, longest: int, padding: int = 0, *, named: bool = False
+    ) -> None:
+        fields: dict[str, tuple[int, ...]] = {"tokens": (longest,), "prompt": (), "length": ()}
+        if named:
+            fields["id"] = ()
         super().__init__(capacity, fields, dtype=torch.int64)
-        self.longest, self.padding = longest, padding
+        self.longest, self.padding, self.named = longest, padding, named
 
     @property
     def full(self) -> bool:
@@ -156,7 +184,8 @@ class Replay(Ring):
         whole = tokens.new_full((len(tokens), self.longest), self.padding)
         whole[:, : tokens.shape[1]] = tokens
         prompt = rows["attention_mask"] & ~rows["response_mask"]
-        return {"tokens": whole, "prompt": prompt.sum(1), "length": rows["attention_mask"].sum(1)}
+        found = {"tokens": whole, "prompt": prompt.sum(1), "length": rows["attention_mask"].sum(1)}
+        return {**found, "id": rows["id"]} if self.named else found
 
     def drawn(self, count: int, rng: torch.Generator) -> Batch:
         """`count` rows at random; none twice while there are enough."""
@@ -164,8 +193,9 @@ class Replay(Ring):
         width = int(found["length"].max())
         places = torch.arange(width, device=found["tokens"].device)
         there = places < found["length"][:, None]
-        return Batch(
+        rows = Batch(
             tokens=found["tokens"][:, :width],
             attention_mask=there,
             response_mask=there & (places >= found["prompt"][:, None]),
         )
+        return Batch(rows, id=found["id"]) if self.named else rows

@@ -54,6 +54,23 @@ class TextSampler:
         self.padding = padding
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
 
+    def ending(self, end: int | Iterable[int], padding: int, max_new: int = 0) -> TextSampler:
+        """The same sampler for another vocabulary.
+
+        Args:
+            end: ids that end a response.
+            padding: id written behind it.
+            max_new: most new tokens; 0 for as many as here.
+        """
+        return TextSampler(
+            max_new or self.max_new,
+            end=end,
+            padding=padding,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
     def __call__(
         self, net: nn.Module, prompts: Tensor, mask: Tensor, rng: Generator | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

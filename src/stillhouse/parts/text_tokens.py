@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stillhouse.errors import DataError, MissingExtra, ModelError
+from stillhouse.errors import DataError, MissingExtra, ModelError, VocabularyError
 
 PADDING, END, BREAK, UNKNOWN = "<pad>", "<end>", "<break>", "<unk>"
 CHAT = "chat"
@@ -194,6 +194,38 @@ def word_tokenizer(texts: Iterable[str], *, least: int = 1) -> Any:
     return _fast(made.to_str(), {"pad_token": PADDING, "eos_token": END, "unk_token": UNKNOWN})
 
 
+def bpe_tokenizer(texts: Iterable[str], *, merges: int = 1000) -> Any:
+    """A byte-level BPE tokenizer learnt from these texts (Sennrich et al. 2016, Radford 2019).
+
+    It can say any text: what is no merge remains bytes.
+
+    Args:
+        texts: of the training data alone.
+        merges: most pairs that are joined, >= 0; fewer where no pair occurs twice any more.
+
+    Returns:
+        A `PreTrainedTokenizerFast`: padding, end, 256 bytes, then the merges in their order.
+
+    Raises:
+        MissingExtra: tokenizers or transformers is not installed.
+    """
+    tokenizers = _tokenizers()
+    special = [PADDING, END]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    bytes_of = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=len(special) + len(bytes_of) + merges,
+        min_frequency=2,
+        initial_alphabet=sorted(bytes_of),
+        special_tokens=special,
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    return _fast(made.to_str(), {"pad_token": PADDING, "eos_token": END})
+
+
 def _fast(text: str, special: Mapping[str, str]) -> Any:
     tokenizers = _tokenizers()
     made = tokenizers.Tokenizer.from_str(text)
@@ -247,7 +279,7 @@ def refuse_other_tokens(
         whose: for the message: "teacher gpt2".
 
     Raises:
-        ModelError: a token, or a text, that the two map to other ids.
+        VocabularyError: a token, or a text, that the two map to other ids.
     """
     mine, other = ours.get_vocab(), theirs.get_vocab()
     advice = (
@@ -256,19 +288,19 @@ def refuse_other_tokens(
     )
     for token, number in sorted(mine.items(), key=lambda pair: pair[1]):
         if number < size and token in other and other[token] != number:
-            raise ModelError(
+            raise VocabularyError(
                 f"the {whose} has another tokenizer than the data: '{token}' is id {number} "
                 f"there, {other[token]} in the model's; {advice}"
             )
         if number < size and token not in other:
-            raise ModelError(
+            raise VocabularyError(
                 f"the {whose} has another tokenizer than the data: it does not know the token "
                 f"'{token}' (id {number}); {advice}"
             )
     for text in texts:
         first, second = (t(text, add_special_tokens=False).input_ids for t in (ours, theirs))
         if list(first) != list(second):
-            raise ModelError(
+            raise VocabularyError(
                 f"the {whose} cuts text otherwise than the data's tokenizer: {text[:60]!r} becomes "
                 f"{list(second)[:12]}, not {list(first)[:12]}; {advice}"
             )
@@ -277,10 +309,12 @@ def refuse_other_tokens(
 def _tokenizers() -> Any:
     try:
         import tokenizers
+        import tokenizers.decoders
         import tokenizers.models
         import tokenizers.pre_tokenizers
+        import tokenizers.trainers
     except ImportError as error:
-        raise MissingExtra("tokenizers", "language", "to make a word tokenizer") from error
+        raise MissingExtra("tokenizers", "language", "to make a tokenizer") from error
     return tokenizers
 
 

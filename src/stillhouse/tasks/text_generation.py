@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from stillhouse.artifact import Predictor
 from stillhouse.batch import Batch, Splits, Subset, read_rows
 from stillhouse.clock import seed_of, uniform_of
-from stillhouse.errors import DataError, ModelError, RecipeError
+from stillhouse.errors import DataError, ModelError, RecipeError, VocabularyError
 from stillhouse.losses.chunked import wide
 from stillhouse.metrics.text_overlap import overlap
 from stillhouse.metrics.token_loss import TokenLoss
@@ -62,8 +63,11 @@ class TextGeneration(Task):
         self.evaluation_batch = max(1, min(256, _LOGITS // row))  # type: ignore[misc]
 
     def net(self, module: nn.Module, taps: Mapping[str, str] | None = None) -> Net:
-        """Wrap a causal language model."""
-        return LanguageNet(module, shared=self.vocabulary, taps=taps)
+        """Wrap a causal language model; one without a tokenizer of its own reads the data's."""
+        made = LanguageNet(module, shared=self.vocabulary, taps=taps)
+        if getattr(module, "tokenizer_at", None) is None:
+            made.tokens = self.tokens
+        return made
 
     def views(self) -> Sequence[str]:
         """Rows of tokens."""
@@ -111,7 +115,7 @@ class TextGeneration(Task):
         self._check_tokens(f"{role} {name}", net, batch)
         largest = int(batch["tokens"].max())
         if size is not None and largest >= size:
-            raise ModelError(
+            raise VocabularyError(
                 f"the {role} {name} has {size} token ids and the data uses id {largest}: it was "
                 f"made for another tokenizer than {self.tokens.name}"
             )
@@ -135,6 +139,45 @@ class TextGeneration(Task):
             texts = [*batch["prompt"], *batch["response"]]
             size = self.vocabulary.size
             refuse_other_tokens(self.tokens.tokenizer, theirs, texts, size=size, whose=whose)
+
+    def check_apart(self, net: Net, template: str | None = None) -> None:
+        """Have a teacher read the texts by its own tokenizer; refuse one that cannot.
+
+        Args:
+            net: from here on it shares no ids with the other models, see `LanguageNet.apart`.
+            template: of its prompts; None: as it was trained, or the prompt and a new line.
+
+        Raises:
+            ModelError: no causal language model, no tokenizer, or texts beyond its context.
+        """
+        name = type(net.module).__name__
+        if not isinstance(net, LanguageNet):
+            raise ModelError(f"the teacher {name} is no causal language model")
+        tokens = net.reader(template)
+        if tokens is None:
+            raise ModelError(
+                f"the teacher {name} comes without a tokenizer, so it cannot read text: give a "
+                "folder or hub id that has one (hf:), an artifact, or train it on data of its own "
+                "(teacher: train: data)"
+            )
+        net.set_apart(tokens)
+        batch = self._rows(64)
+        asked, said = tokens.prompts(batch["prompt"]), tokens.responses(batch["response"])
+        rows = [torch.tensor([*a, *b]) for a, b in zip(asked, said, strict=True)]
+        longest, largest = max(map(len, rows)), max(int(row.max()) for row in rows)
+        context, size = context_of(net), head_size(net.module)
+        if size is not None and largest >= size:
+            raise VocabularyError(
+                f"the teacher {name} has {size} token ids and its tokenizer {tokens.name} gives "
+                f"id {largest}: it belongs to another model"
+            )
+        if context is not None and context < longest:
+            raise ModelError(
+                f"the teacher {name} reads rows of {context} tokens, and texts of the data have "
+                f"{longest} by its tokenizer {tokens.name}: take a teacher with a longer context "
+                "(teacher: train: data: options: length)"
+            )
+        self._try(f"teacher {name}", net, padded(rows[:2], padding=tokens.padding)[0])
 
     def _try(self, whose: str, net: LanguageNet, tokens: Tensor) -> None:
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
@@ -188,24 +231,39 @@ class TextGeneration(Task):
         """Responses of a net to the prompts of a batch.
 
         Args:
-            net: of this task.
+            net: of this task; one that stands apart reads and writes by its own tokenizer.
             batch: rows of tokens.
             sampler: see `sampler`.
             seed: with a row's id what its sample depends on.
         """
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        asked, mask = prompts(batch.to(device))
+        tokens = self.tokens
+        asked, mask = prompts(batch)
+        if isinstance(net, LanguageNet) and net.apart and net.tokens is not None:
+            tokens = net.tokens
+            rows = [torch.tensor(row) for row in tokens.prompts(batch["prompt"])]
+            asked, mask = padded(rows, padding=tokens.padding, left=True)
+            room = self._room(tokens, sampler.max_new)
+            sampler = sampler.ending(tokens.end, tokens.padding, room)
         chance = uniform_of(seed, batch["id"], 0, sampler.max_new) if sampler.temperature else None
-        ids, said = sampler(net, asked, mask, chance)
-        return self.tokens.texts(ids, said)
+        ids, said = sampler(net, asked.to(device), mask.to(device), chance)
+        return tokens.texts(ids, said)
+
+    def _room(self, tokens: TextTokens, count: int) -> int:
+        """How many tokens of another tokenizer say what `count` of the data's can."""
+        said = self._rows(64)["response"]
+        lengths = zip(self.tokens.responses(said), tokens.responses(said), strict=True)
+        return math.ceil(count * max(len(theirs) / len(ours) for ours, theirs in lengths))
 
     def judge(self, job: Any, model: nn.Module, split: str = "test") -> dict[str, float]:
         """Loss; overlap with the references of what is generated for every prompt of a split.
 
         Greedy, and sampled at temperature 1 where the data's options say so: the figures of
-        samples begin with "sampled_" and are means over the draws.
+        samples begin with "sampled_" and are means over the draws. A net that stands apart has no
+        loss here: a loss is of tokens, and its tokens are others.
         """
-        figures: dict[str, float] = dict(job.evaluate(model, split))
+        apart = isinstance(model, LanguageNet) and model.apart
+        figures: dict[str, float] = {} if apart else dict(job.evaluate(model, split))
         source = asked_once(job.splits[split])
         answers, references = self._answers(job, model, source, 0.0, 0)
         figures.update(overlap(answers, references))

@@ -29,6 +29,17 @@ No code of the paper is released. Data flow, scheduler and buffer are those of D
 forward KL without the teacher's entropy are not repeated. Reconstructed: the sub-network's inputs
 and size, the logarithmic scale of quantiles, straight-through gates, renormalisation, the penalty
 against a band that shrinks to one class, the direction of the token KL, the spans' distance.
+
+*Another vocabulary* (`alignment: text`; experimental, the offer of our sheet and not the paper's).
+All three terms compare distributions over the same ids, so a teacher of another vocabulary is
+refused. On text two forms are left. The student's text is cut by the teacher's own tokenizer: in
+SCRG the disputed *word* is that with the largest difference of log-likelihoods per character,
+student less teacher, among those where the teacher, greedily, would say something else; the teacher
+writes that word and no more, the student goes on. Tokens are matched at the places where both
+tokenizers have a boundary in the text, by their k largest probabilities in falling order, as in
+Universal Logit Distillation (arXiv 2402.12030):
+:math:`L_{DAC} = \frac{1}{N} \sum_i \sum_{r \le k} |p_{i,(r)} - q_{i,(r)}|`. The span loss is
+undefined there: a product of two distributions says which ids follow each other.
 """
 
 from __future__ import annotations
@@ -50,10 +61,10 @@ from stillhouse.batch import Batch, Shuffled, read_rows
 from stillhouse.clock import Clock
 from stillhouse.data.prompt_rows import Pair, PromptRows
 from stillhouse.engine.fitting import optimizer_of, steps_of
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, VocabularyError
 from stillhouse.losses.chunked import chunked, wide
 from stillhouse.losses.clipped_kl import band_features, clipped_kl, mass_penalty
-from stillhouse.losses.logits import kl, topk_kl, total_variation
+from stillhouse.losses.logits import kl, sorted_distance, topk_kl, total_variation
 from stillhouse.losses.spans import pair_distance, pair_products, spread
 from stillhouse.method import Card, Claim, MethodConfig, StudentTraining, Variant
 from stillhouse.models.causal_lm import LanguageNet
@@ -62,8 +73,10 @@ from stillhouse.objective import Count, Objective
 from stillhouse.parts.across import whole_batch
 from stillhouse.parts.adaptive_replay import AdaptiveThreshold, choose_branch
 from stillhouse.parts.band import Band
-from stillhouse.parts.own_text import Replay, revised, written
+from stillhouse.parts.own_text import Replay, Revised, revised, written
 from stillhouse.parts.phrases import Chunker, located, phrases, token_intervals
+from stillhouse.parts.text_alignment import read, spoken
+from stillhouse.parts.text_correction import Reworded, TextTeacher, meeting, reworded
 from stillhouse.parts.token_rows import next_tokens, predicting
 from stillhouse.recipe import GIVEN
 from stillhouse.stages.supervised import Supervised
@@ -74,6 +87,9 @@ from stillhouse.teachers.live import Live
 ROWS = ("tokens", "attention_mask", "response_mask")
 _PERIODS = 10  # parts of the training that the report tells apart
 _REMEMBERED = 50_000  # texts whose phrases are kept
+EXPERIMENTAL = (
+    "Experimental: teacher and student have different vocabularies and meet on the text alone."
+)
 
 
 class Teaching(NamedTuple):
@@ -132,15 +148,18 @@ class DACKLObjective(Objective):
         self.writes = self.distils and config.text != "given"
         # From hidden states, where there is no store of what the teacher says.
         self.pieces = config.chunk > 0 and isinstance(teacher, Live)
+        self.by_text = config.alignment == "text" and self.distils
+        # The objective itself asks the teacher about the rows that it reads.
+        self.asks = self.pieces or self.by_text
         # It is no module of the objective: neither trained nor saved with it.
-        self._teacher: Any = teacher if self.writes or (self.distils and self.pieces) else None
+        self._teacher: Any = teacher if self.writes or (self.distils and self.asks) else None
         if self._teacher is not None and "fresh" not in self._teacher.provides:
             self._teacher.guest()  # says why it cannot
         self.wants = tuple(
             want
             for want, needed in (
-                (Want("logits"), self.distils and not self.pieces),
-                (Want("fresh"), self.writes or (self.distils and self.pieces)),
+                (Want("logits"), self.distils and not self.asks),
+                (Want("fresh"), self.writes or (self.distils and self.asks)),
             )
             if needed
         )
@@ -148,12 +167,18 @@ class DACKLObjective(Objective):
         self.sampler = task.sampler(config.max_new, top_p=config.top_p, top_k=config.top_k,
                                     temperature=config.temperature)  # fmt: skip
         self.phi = AdaptiveThreshold(config.init_threshold, margin=config.threshold_margin)
-        self.replay = Replay(config.capacity, longest, task.tokens.padding) if self.writes else None
+        self.replay = (
+            Replay(config.capacity, longest, task.tokens.padding, named=self.by_text)
+            if self.writes
+            else None
+        )
+        self.reader = TextTeacher(self._teacher.guest().module) if self.by_text else None
         self.longest = longest
         self.register_buffer("texts", torch.zeros(_PERIODS, 5, dtype=torch.float64))
         self.register_buffer("bands", torch.zeros(_PERIODS, 4, dtype=torch.float64))
         self._spans: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         self._words: dict[int, str] = {}
+        self._prompts: dict[int, str] = {}
 
     # ---- stage 1: which text, and stage 2: the sequence put right --------------------------
 
@@ -173,10 +198,12 @@ class DACKLObjective(Objective):
         chosen = batch if rows is None else self._instead(batch, rows)
         if self.config.w_span > 0:
             chosen = Batch(chosen, pairs=self.pairs(chosen))
+        if self.by_text:
+            chosen = self._aligned(chosen)
+        own = float(batch.size if branch == "sample" else 0)
+        counts = [1.0, branch == "sample", branch == "replay", own, corrected]
+        self.propose(texts=self._period(clock, self.texts, counts))
         if self.writes:
-            own = float(batch.size if branch == "sample" else 0)
-            counts = [1.0, branch == "sample", branch == "replay", own, corrected]
-            self.propose(texts=self._period(clock, self.texts, counts))
             self.note("threshold", self.phi.phi.float())
         return chosen
 
@@ -201,20 +228,78 @@ class DACKLObjective(Objective):
         )  # fmt: skip
         corrected = 0.0
         for number in range(self.config.scrg_rounds):
-            found = revised(
-                self.student, rows, self.disagreement, self.sampler,
-                clock.rand(f"again {number}", batch, size), longest=self.longest,
-            )  # fmt: skip
+            chance = clock.rand(f"again {number}", batch, size)
+            found = self.revise(rows, batch.get("prompt", []), chance)
             rows = found.rows
             corrected += float(found.corrected.sum()) / self.config.scrg_rounds
+        if self.by_text:
+            rows = Batch(rows, id=batch["id"])
         kept = self.replay.kept(rows)
         self.replay.propose(**{k: whole_batch(v, batch.of, clock) for k, v in kept.items()})
         return rows, corrected
 
+    def revise(self, rows: Batch, prompts: list[str], chance: Tensor) -> Revised | Reworded:
+        """One round of correction, at a token or, on text, at a word.
+
+        Args:
+            rows: what the student wrote.
+            prompts: of the rows as text; read on text only.
+            chance: (B, max_new) uniform numbers of what it goes on with.
+        """
+        if self.reader is None:
+            return revised(
+                self.student, rows, self.disagreement, self.sampler, chance, longest=self.longest
+            )
+        return reworded(
+            self.student, self.task.tokens, rows, prompts, self.reader, self.likelihood,
+            self.sampler, chance, longest=self.longest,
+        )  # fmt: skip
+
     def _instead(self, batch: Batch, rows: Batch) -> Batch:
         """The batch with other text to match on; the given one stays for its own loss."""
         truth = Batch({name: batch[name] for name in ("id", *ROWS)})
-        return Batch(batch, **{name: rows[name] for name in ROWS}, truth=truth)
+        chosen = Batch(batch, **{name: rows[name] for name in ROWS}, truth=truth)
+        if not self.by_text:
+            return chosen
+        # A replayed text answers another prompt than the given one of its row.
+        return Batch(chosen, prompt=self._asked(rows["id"]), response=[""] * batch.size)
+
+    def _asked(self, ids: Tensor) -> list[str]:
+        """Prompts by the ids of their rows; those of the data are read when first needed."""
+        if not self._prompts:
+            source = self.task.splits["train"]
+            for rows in torch.split(torch.arange(len(source)), 1024):
+                read_in = read_rows(source, rows, None, self.task.collate)
+                self._prompts.update(zip(read_in["id"].tolist(), read_in["prompt"], strict=True))
+        return [self._prompts[number] for number in ids.tolist()]
+
+    def _aligned(self, rows: Batch) -> Batch:
+        """The rows with the teacher's own of the same texts, and where the two meet.
+
+        `theirs` are the teacher's rows; `aligned` (B, L) is the column of them that speaks of the
+        same continuation as a column of the student's, -1 for none.
+        """
+        assert self.reader is not None
+        tokens = self.task.tokens
+        ours = [
+            spoken(tokens, ids[mask].tolist(), text)
+            for ids, mask, text in zip(
+                rows["tokens"].cpu(), rows["response_mask"].cpu(), rows["response"], strict=True
+            )
+        ]
+        theirs = [read(self.reader.tokens, found.text, ended=found.ended) for found in ours]
+        read_by = self.reader.rows(rows["prompt"], theirs, rows["tokens"].device)
+        places = meeting(rows, ours, read_by, theirs)
+        return Batch(rows, theirs=Batch(read_by, id=rows["id"]), aligned=places)
+
+    def likelihood(self, rows: Mapping[str, Any]) -> Tensor:
+        """(B, L) log-likelihood by the student of the token that each place speaks of."""
+        at, following = predicting(rows["response_mask"]), next_tokens(rows["tokens"])
+        with torch.no_grad(), _judging(self.student):
+            logits = wide(self.student(rows["tokens"])["logits"][at])
+        found = logits.new_zeros(at.shape)
+        found[at] = -F.cross_entropy(logits, following[at], reduction="none")
+        return found
 
     def disagreement(self, rows: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """KL(p || q) at each place (B, L), and the teacher's likeliest token there (B, L)."""
@@ -285,6 +370,9 @@ class DACKLObjective(Objective):
         if not self.distils:
             return terms
         assert states is not None
+        if self.by_text:
+            terms["dac"] = config.w_dac * self._sorted(states, batch, clock)
+            return terms
         at = predicting(batch["response_mask"])
         teaching = self._teaching(batch, knowledge, at)
         ours, targets = states[at], next_tokens(batch["tokens"])[at]
@@ -299,11 +387,15 @@ class DACKLObjective(Objective):
         return terms
 
     def count(self, batch: Batch) -> Count:
-        """Response tokens of the given text, of the matched text, and pairs within spans."""
+        """Response tokens of the given text, of the matched text, and pairs within spans.
+
+        On text the places that are matched are counted in place of the tokens.
+        """
         own = batch.get("truth", batch)
         counts: dict[str, Tensor | int] = {"sft": own["response_mask"].sum()}
         if self.distils:
-            counts["dac"] = batch["response_mask"].sum()
+            matched = batch["aligned"] >= 0 if self.by_text else batch["response_mask"]
+            counts["dac"] = matched.sum()
             counts["span"] = batch["pairs"].sum() if "pairs" in batch else 0
         return counts
 
@@ -368,12 +460,29 @@ class DACKLObjective(Objective):
         learnt = [] if self.band is None else list(self.band.parameters())
         found = self._over(items, states, targets, *teaching.rows, learnt=learnt)
         if seen:
-            sums = torch.stack(seen).sum(0)
-            tokens = sums[0].clamp_min(1.0)
-            self.note("kept_mass", sums[1] / tokens)
-            self.note("set_size", sums[2] / tokens)
-            self.propose(bands=self._period(clock, self.bands, sums))
+            self._tell(torch.stack(seen).sum(0), clock)
         return found
+
+    def _tell(self, sums: Tensor, clock: Clock) -> None:
+        """Note tokens, kept mass, kept classes and divergence, (4,) sums over a batch."""
+        tokens = sums[0].clamp_min(1.0)
+        self.note("kept_mass", sums[1] / tokens)
+        self.note("set_size", sums[2] / tokens)
+        self.propose(bands=self._period(clock, self.bands, sums))
+
+    def _sorted(self, states: Tensor, batch: Batch, clock: Clock) -> Tensor:
+        """The token loss on text: largest probabilities, in order, where both sides meet."""
+        assert self.reader is not None
+        at, k = batch["aligned"] >= 0, self.config.k
+        said = self.reader.logits(batch["theirs"])[at.nonzero()[:, 0], batch["aligned"][at]]
+        found = sorted_distance(states[at], said, k=k, reduction="none")
+        classes = min(k, said.shape[-1])
+        mass = wide(said).softmax(-1).topk(classes, -1).values.sum()
+        told = (len(found), mass, len(found) * classes, found.detach().sum())
+        sums = torch.stack([torch.as_tensor(x).double().to(found.device) for x in told])
+        self._tell(sums, clock)
+        self.note("aligned", at.sum() / batch["response_mask"].sum().clamp_min(1))
+        return found.sum() / max(1, len(found))
 
     def token_loss(
         self, logits: Tensor, teacher: Any, target: Tensor, seen: list[Tensor] | None = None
@@ -644,12 +753,13 @@ class DACKL(StudentTraining):
         )
         divergence: Literal[
             "dac", "top-k", "forward", "reverse", "symmetric", "jsd", "total-variation",
-            "skewed-forward", "skewed-reverse",
+            "skewed-forward", "skewed-reverse", "sorted",
         ] = Field(
             "dac",
             description="token loss: dac, a fixed band of the top_k_classes likeliest, or a "
-            "divergence over all classes",
-            json_schema_extra={"source": "paper: dac; the others are its Table 3c"},
+            "divergence over all classes; sorted, of alignment text alone (experimental): the k "
+            "largest probabilities in falling order, whatever classes they belong to",
+            json_schema_extra={"source": "paper: dac; the others are its Table 3c; sorted: ours"},
         )  # fmt: skip
         top_k_classes: int = Field(
             10,
@@ -696,7 +806,8 @@ class DACKL(StudentTraining):
         k: int = Field(
             64,
             ge=1,
-            description="classes that the sub-network reads",
+            description="classes that the sub-network reads; of sorted: largest probabilities that "
+            "are compared",
             json_schema_extra={"source": "reconstructed"},
         )
         hidden: int = Field(
@@ -741,6 +852,54 @@ class DACKL(StudentTraining):
             "at once",
             json_schema_extra={"source": "ours: memory only, the gradient is the same"},
         )
+
+        alignment: Literal["tokens", "text"] = Field(
+            "tokens",
+            description="tokens: teacher and student share a vocabulary; text (experimental): the "
+            "teacher reads the text by its own tokenizer, a word is corrected in place of a "
+            "token, and there is no span loss (variant text-level)",
+            json_schema_extra={"source": "paper: tokens; text: ours"},
+        )
+        teacher_template: str | None = Field(
+            None,
+            description="of alignment text: form of the teacher's prompts, with {prompt} where the "
+            "text goes, or chat; none: as it was trained, or the prompt and a new line",
+            json_schema_extra={"source": "ours"},
+        )
+
+        @model_validator(mode="after")
+        def _one_vocabulary_or_text(self) -> DACKL.Config:
+            if self.alignment == "tokens":
+                if self.divergence == "sorted":
+                    raise ValueError(
+                        "divergence: sorted compares models of different vocabularies: set "
+                        "alignment: text too (variant: text-level sets both), or leave it out"
+                    )
+                if self.teacher_template is not None:
+                    raise ValueError("teacher_template is read under alignment: text only")
+                return self
+            if self.w_span > 0:
+                raise ValueError(
+                    "the span loss multiplies the probabilities of the same ids of neighbouring "
+                    "tokens, which two vocabularies do not have: with alignment: text set w_span: "
+                    "0 (variant: text-level does)"
+                )
+            if self.w_dac > 0 and self.divergence != "sorted":
+                raise ValueError(
+                    f"divergence: {self.divergence} compares the same ids, which two vocabularies "
+                    "do not have: with alignment: text set divergence: sorted (variant: text-level "
+                    "does)"
+                )
+            if self.chunk > 0:
+                raise ValueError("alignment: text makes all logits at once: set chunk: 0")
+            unread = {"features": "top-k", "quantile_scale": "logrank", "renorm": "both"}
+            for name, default in unread.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: {getattr(self, name)} is of the learnt band, which alignment: "
+                        f"text has none of: leave out {name}"
+                    )
+            return self
 
         @model_validator(mode="after")
         def _something_to_learn(self) -> DACKL.Config:
@@ -817,6 +976,11 @@ class DACKL(StudentTraining):
             set={"scrg_rounds": 0, "w_span": 0.0, "divergence": "skewed-reverse"},
             about="DistiLLM: skewed reverse KL",
         ),
+        "text-level": Variant(
+            set={"alignment": "text", "divergence": "sorted", "w_span": 0.0},
+            about="experimental, for another vocabulary: own text corrected at a word, the "
+            "largest probabilities matched in order where both tokenizers have a boundary",
+        ),
     }
     claims: ClassVar[list[Claim]] = [
         Claim("beats word-level distillation at equal steps", "sampled_rouge_l", "dackl",
@@ -861,10 +1025,40 @@ class DACKL(StudentTraining):
             }
         return given
 
+    def check_teacher(self, job: Any, net: Net) -> None:
+        """The same vocabulary; or, on text, a tokenizer of its own."""
+        if self.config.alignment == "text":
+            if not getattr(net, "apart", False):
+                job.task.check_apart(net, self.config.teacher_template)
+            return
+        try:
+            super().check_teacher(job, net)
+        except VocabularyError as error:
+            raise VocabularyError(
+                f"{error}; or match them on text, which is experimental: variant: text-level "
+                "(alignment: text)"
+            ) from error
+
+    def _teacher(self, job: Any) -> Any:
+        """The teacher, where one is asked; on text a network that can be asked afresh."""
+        if not self.wants_teacher():
+            return None
+        by_text, spec = self.config.alignment == "text", job.recipe.teacher
+        if by_text and spec is not None and spec.store is not None:
+            raise job.recipe.refusal(
+                "teacher",
+                "a store keeps what a teacher says at the data's tokens; with alignment: text it "
+                "reads the text by its own: leave out store, and give the teacher as a model",
+            )
+        teacher = job.teacher()
+        if by_text:
+            self.check_teacher(job, teacher.guest().module)
+        return teacher
+
     def run(self, job: Any) -> Artifact:
         """The teacher, the student's start, own and given text, the student."""
         config = self.config
-        teacher = job.teacher() if self.wants_teacher() else None
+        teacher = self._teacher(job)
         student = job.student()
         job.task.check(student, None)
         self._start(job, student)
@@ -878,7 +1072,7 @@ class DACKL(StudentTraining):
             objective.phi.observe(float(job.evaluate(student, "val")["loss"]))
             steps = steps_of(order, None, None, job.budget)
             given["validate_every"] = max(1, steps // config.evaluations)
-        asked = teacher if objective.wants and not objective.pieces else None
+        asked = teacher if objective.wants and not objective.asks else None
         if teacher is not None and objective.pieces:
             teacher.bind(objective.wants, job.task)  # asked by the objective itself
         job.fit("student", objective, order, teacher=asked, **given)
@@ -919,16 +1113,18 @@ class DACKL(StudentTraining):
     def details(self, job: Any, artifact: Artifact) -> dict[str, Any]:
         """How much own text was read and corrected, how wide the band was, and corrections."""
         meta = artifact.meta
-        tables = [own_text_table(meta["texts"], meta["bands"], meta["threshold"])]
+        by_text = self.config.alignment == "text"
+        tables = [own_text_table(meta["texts"], meta["bands"], meta["threshold"], by_text)]
         if meta["corrections"]:
+            unit = "word" if by_text else "token"
             tables.append(
                 {
-                    "title": "Texts of the finished student, corrected at one token",
-                    "columns": ["prompt", "the student's text", "its token", "the teacher's",
+                    "title": f"Texts of the finished student, corrected at one {unit}",
+                    "columns": ["prompt", "the student's text", f"its {unit}", "the teacher's",
                                 "gone on from there"],
                     "rows": meta["corrections"],
                     "caption": "On prompts of the validation data, sampled at the run's "
-                    "temperature.",
+                    "temperature." + (f" {EXPERIMENTAL}" if by_text else ""),
                 }
             )  # fmt: skip
         return {"tables": tables}
@@ -999,7 +1195,9 @@ def answered(job: Any, answers: list[str]) -> PromptRows:
 # ---- what the report shows ------------------------------------------------------------------
 
 
-def own_text_table(texts: Any, bands: Any, threshold: float) -> dict[str, Any]:
+def own_text_table(
+    texts: Any, bands: Any, threshold: float, by_text: bool = False
+) -> dict[str, Any]:
     """The training in tenths: which text it read, and what of the teacher's mass it kept."""
     rows = []
     for part, (text, band) in enumerate(zip(texts, bands, strict=True), 1):
@@ -1024,7 +1222,8 @@ def own_text_table(texts: Any, bands: Any, threshold: float) -> dict[str, Any]:
         "columns": ["part", "steps on fresh text", "replayed", "given", "fresh rows corrected",
                     "classes kept", "mass kept", "divergence"],
         "rows": rows,
-        "caption": f"The share of own text ended at {threshold:.2f}.",
+        "caption": f"The share of own text ended at {threshold:.2f}."
+        + (f" {EXPERIMENTAL}" if by_text else ""),
     }  # fmt: skip
 
 
@@ -1041,23 +1240,30 @@ def corrections(job: Any, objective: DACKLObjective, count: int = 8) -> list[lis
         torch.rand(batch.size, size, generator=job.rng("corrections", n)).to(job.device)
         for n in range(2)
     ]
-    settings = {"longest": objective.longest}
-    first = written(objective.student, batch, objective.sampler, chances[0], **settings)
-    found = revised(
-        objective.student, first, objective.disagreement, objective.sampler, chances[1], **settings
+    first = written(
+        objective.student, batch, objective.sampler, chances[0], longest=objective.longest
     )
+    found = objective.revise(first, batch["prompt"], chances[1])
     shown = []
     for row in range(batch.size):
         texts = [
             task.tokens.text(rows["tokens"][row], rows["response_mask"][row])
             for rows in (first, found.rows)
         ]
-        place = int(found.position[row])
-        words = ["", ""]
-        if place >= 0:
-            words = [
-                task.tokens.tokenizer.decode([int(rows["tokens"][row, place])])
-                for rows in (first, found.rows)
-            ]
-        shown.append([batch["prompt"][row], texts[0], *words, texts[1]])
+        shown.append(
+            [batch["prompt"][row], texts[0], *_replaced(task, first, found, row), texts[1]]
+        )
     return shown
+
+
+def _replaced(task: Any, first: Batch, found: Revised | Reworded, row: int) -> list[str]:
+    """What stood at the corrected place, and what stands there now."""
+    if isinstance(found, Reworded):
+        return list(found.words[row])
+    place = int(found.position[row])
+    if place < 0:
+        return ["", ""]
+    return [
+        task.tokens.tokenizer.decode([int(rows["tokens"][row, place])])
+        for rows in (first, found.rows)
+    ]
