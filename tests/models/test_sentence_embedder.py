@@ -74,3 +74,9 @@ def test_the_real_encoder_gives_what_its_authors_library_gives(real_models):
         ours = SentenceEmbedder(length=256).eval()(texts)
     expected = theirs.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
     assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_a_text_is_cut_where_the_encoder_reads_no_further(encoder):
+    net = SentenceEmbedder(encoder, length=600).eval()
+    assert net.length == 32
+    assert torch.allclose(net(["a cat " * 90]), net(["a cat " * 400]))

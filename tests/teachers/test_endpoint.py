@@ -482,3 +482,19 @@ def test_embeddings_that_are_none_are_told(rows, told):
 def test_embeddings_without_an_index_stand_as_they_came():
     raw = {"data": [{"embedding": [3, 4]}, {"embedding": [1, 2]}]}
     assert read_embeddings(raw, 2).tolist() == [[3, 4], [1, 2]]
+
+
+def test_embeddings_of_another_width_in_another_request_are_told(monkeypatch):
+    async def answered(self, path, body):
+        width = len(body["input"])
+        rows = [{"index": i, "embedding": [0.5] * width} for i in range(width)]
+        return {"data": rows}
+
+    monkeypatch.setattr(Endpoint, "_post", answered)
+
+    async def ask():
+        async with Endpoint("http://127.0.0.1:1/v1") as endpoint:
+            return await endpoint.embed(["a", "b", "c"], batch=2)
+
+    with pytest.raises(TeacherError, match=r"different width: \[1, 2\]"):
+        asyncio.run(ask())

@@ -30,7 +30,8 @@ class SentenceEmbedder(nn.Module):
     Args:
         encoder: hub id or folder of a Hugging Face encoder with its tokenizer.
         width: of the vectors; None: that of the encoder, without a linear layer.
-        length: most word pieces of a text; longer ones are cut.
+        length: most word pieces of a text; longer ones are cut, at the latest where the encoder
+            reads no further.
         pretrained: load the encoder's published weights; False draws them anew.
         normalise: scale vectors to unit length.
         config: fields of the encoder's configuration that differ from the published one
@@ -77,7 +78,13 @@ class SentenceEmbedder(nn.Module):
         self.tokenizer = encoder_tokenizer(encoder)
         settings: Any = self.encoder.config
         self.projection = nn.Linear(int(settings.hidden_size), width) if width else nn.Identity()
-        self.length, self.normalise = length, normalise
+        # Both say it, and not every model does: RoBERTa has two positions that no piece can take.
+        most = (
+            getattr(settings, "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),
+        )
+        self.length = min([length, *(n for n in most if isinstance(n, int) and n > 0)])
+        self.normalise = normalise
         self.width = width or int(settings.hidden_size)
         self._pad = int(getattr(self.tokenizer, "pad_token_id", None) or 0)
         self._known: dict[str, array[int]] = {}
