@@ -70,12 +70,15 @@ class Net(nn.Module):
     Attributes:
         view: the name of the batch's view that the model reads: the module's own attribute
             `reads`, "x" when it has none. So a teacher may read another view than the student.
+        takes: dtype that float tensors are brought to before the call; None leaves them. A run
+            sets it where parameters are no float32.
 
     Inside a run the state dict's keys are `module.*`.
     """
 
     mean: Tensor | None
     std: Tensor | None
+    takes: torch.dtype | None = None
 
     def __init__(
         self,
@@ -208,6 +211,8 @@ class Net(nn.Module):
         mean = self._buffers["mean"]  # a module's own way to its buffers is slow
         if mean is not None and isinstance(view, Tensor):
             view = (view - mean) / (1.0 if self.std is None else self.std)
+        if self.takes is not None and isinstance(view, Tensor) and view.is_floating_point():
+            view = view.to(self.takes)
         if not self.taps:
             return self._named(self._call(view))
         self._caught, self._calls, self._armed = {}, {}, True

@@ -121,6 +121,8 @@ class RecipeModels:
             net.module.to(memory_format=torch.channels_last)
         if self.recipe.hardware.compile:
             net.module.compile()
+        own = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+        net.takes = None if own == torch.float32 else own
         return net
 
     def teacher(

@@ -675,3 +675,14 @@ def test_the_demonstration_reads_real_data(data_root, tmp_path):
     assert batch["other"].shape == (4, 3, 128)
     assert clips.read(torch.arange(4), None)[ANCHOR].shape == (4, 128)
     job.log.close()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", "bfloat16"), ("64-true", "float64")]
+)
+def test_a_whole_run_in_another_precision(precision, dtype, tmp_path):
+    spec = {**COMODO.example(0), "compare": [], "hardware": {"precision": precision}}
+    result = run(load_recipe(spec), folder=tmp_path, progress=False)
+    kept = list(result.artifact.module.parameters())
+    assert {value.dtype for value in kept} == {getattr(torch, dtype)}
+    assert all(bool(value.isfinite().all()) for value in kept)

@@ -670,3 +670,14 @@ def test_the_defaults_are_the_released_ones():
     assert official.set["ema"] == 0.9999
     assert official.budget == {"steps": 50000, "batch": 128}
     assert config.teacher_from == "pretrained"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", "bfloat16"), ("64-true", "float64")]
+)
+def test_a_whole_run_in_another_precision(precision, dtype, tmp_path):
+    spec = {**Sfd.example(0), "compare": [], "hardware": {"precision": precision}}
+    result = run(load_recipe(spec), folder=tmp_path, progress=False)
+    kept = list(result.artifact.module.parameters())
+    assert {value.dtype for value in kept} == {getattr(torch, dtype)}
+    assert all(bool(value.isfinite().all()) for value in kept)

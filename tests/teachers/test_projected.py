@@ -35,6 +35,8 @@ def test_its_vectors_have_unit_length_and_no_gradient():
     torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
     wanted = torch.nn.functional.normalize(frozen(1)(x), dim=1)
     torch.testing.assert_close(found, wanted.detach())
+    double = teacher.knowledge(Batch(x=x.double())).tensor("embedding")  # of a double teacher
+    torch.testing.assert_close(double, wanted.detach())
     plain = Projected(flat(), None)
     plain.bind([Want("embedding")], None)
     found = plain.knowledge(Batch(x=x)).tensor("embedding")

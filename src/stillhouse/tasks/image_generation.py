@@ -71,6 +71,8 @@ class NoiseNet(Net):
             zero = torch.zeros(len(view), device=view.device)
             condition = torch.full_like(zero, self.null or 0, dtype=torch.long)
             view = {"noisy": view, "time": zero, "condition": condition}
+        if self.takes is not None:
+            view = {**view, "noisy": view["noisy"].to(self.takes)}
         return super().forward(view)
 
     @property

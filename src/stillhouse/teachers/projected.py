@@ -72,6 +72,8 @@ class Projected:
         said = self.teacher.knowledge(batch)
         vectors = wide(said.tensor("embedding"))
         if self.projector is not None:
+            own = next(self.projector.module.parameters(), vectors)
+            vectors = vectors.to(own.dtype)
             try:
                 vectors = self.projector.quiet(vectors)
             except ModelError as error:
