@@ -1,4 +1,8 @@
-"""The student as the seed has left it: what its features hold before anything is learned."""
+"""The student as the seed has left it: what its features hold before anything is learned.
+
+With `student: {model: FOLDER}`, the artifact of another run, that encoder is probed as it is on
+the data named here: trained on one data set, frozen, judged on another.
+"""
 
 from __future__ import annotations
 
