@@ -39,13 +39,15 @@ def find_head(module: nn.Module) -> str:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """A module in eval mode; afterwards in the mode it was in, also where something failed."""
-    training = module.training
+    """A module in eval mode; afterwards each part in its own mode, also where something failed."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        # Not train(): parts may be frozen in eval mode inside of a module that trains.
+        for part, training in modes:
+            part.training = training
 
 
 class Net(nn.Module):

@@ -26,6 +26,3 @@ def rows_through(layers: nn.Sequential, rows: Tensor) -> Tensor:
         else:
             out = layer(out)
     return out
-
-
-__all__ = ["rows_through"]
