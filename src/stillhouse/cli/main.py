@@ -17,6 +17,7 @@ from stillhouse.errors import Interrupted, StillhouseError
 COMMANDS = {
     "run": "Run a recipe, or go on with a run.",
     "methods": "List methods; show all about one.",
+    "data": "List data sets; show all about one.",
     "bench": "Compare a method with its baselines.",
     "infer": "Use what a run has left.",
     "report": "Show what a run has shown.",

@@ -42,7 +42,7 @@ class Cifar10(DataSet[ImageOptions]):
 
     name = "cifar10"
     title = "50,000 + 10,000 colour images of 32x32 in ten classes"
-    tasks = ("classification", "dataset_distillation")
+    tasks = ("classification", "image-generation")
     licence = "none stated (Krizhevsky 2009)"
     source = "torchvision CIFAR10 (www.cs.toronto.edu/~kriz/cifar.html)"
     files = ("cifar10/cifar10_png.npz", "cifar10/cifar10_jpg.npz")

@@ -37,7 +37,7 @@ class Digits(DataSet[DigitsOptions]):
 
     name = "digits"
     title = "1,797 handwritten digits of 8x8, embedded in scikit-learn"
-    tasks = ("classification",)
+    tasks = ("classification", "image-generation")
     licence = "CC BY 4.0 (UCI)"
     source = "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, Alpaydin)"
     edition = "scikit-learn, test split of 360 by a fixed seed"

@@ -31,7 +31,7 @@ class FashionMnist(DataSet[ImageOptions]):
 
     name = "fashion_mnist"
     title = "grey images of 28x28 of ten kinds of clothing, lossless"
-    tasks = ("classification", "dataset_distillation")
+    tasks = ("classification", "image-generation")
     licence = "MIT (Zalando SE 2017)"
     source = "torchvision FashionMNIST (github.com/zalandoresearch/fashion-mnist)"
     files = ("fashion_mnist/fashion_mnist.npz",)

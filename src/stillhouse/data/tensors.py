@@ -55,7 +55,7 @@ class Tensors(DataSet[TensorOptions]):
 
     name = "tensors"
     title = "your own arrays in one npz or safetensors file"
-    tasks = ("classification",)
+    tasks = ("classification", "image-generation", "representation")
     licence = "the user's"
     source = "the user's"
     edition = "as given"
