@@ -102,6 +102,23 @@ def test_the_vocabulary_is_that_of_train(tmp_path: Path) -> None:
     assert "whale" not in tokens.tokenizer.get_vocab()
 
 
+def test_learning_from_few_prompts_leaves_vocabulary_ids_and_test_alone(tmp_path: Path) -> None:
+    rows = [*many(), *many()]  # each prompt has two responses
+    whole = opened(lines(tmp_path, rows))
+    few = opened(tmp_path / "train.jsonl", train_prompts=3)
+    assert len(few["train"]) == 6
+    assert len({pair.prompt for pair in few["train"].pairs}) == 3
+    assert few.about["tokenizer"] == whole.about["tokenizer"]
+    assert few["train"].fingerprint != whole["train"].fingerprint
+    places = {int(n): pair for n, pair in zip(whole["train"].ids, whole["train"].pairs)}
+    assert [places[int(n)] for n in few["train"].ids] == list(few["train"].pairs)
+    assert few.judging()["test"].fingerprint == whole.judging()["test"].fingerprint
+    other = opened(tmp_path / "train.jsonl", train_prompts=3, subset_seed=1)
+    assert other["train"].fingerprint != few["train"].fingerprint
+    with pytest.raises(DataError, match=r"train_prompts.*1000 are asked for"):
+        opened(tmp_path / "train.jsonl", train_prompts=1000)
+
+
 def test_long_rows_are_cut(tmp_path: Path) -> None:
     lines(tmp_path, many(4), "val.jsonl")
     lines(tmp_path, many(4), "test.jsonl")

@@ -44,7 +44,6 @@ class E2EOptions(PromptOptions):
     validation: float = Field(
         0.1, gt=0, lt=1, description="share of meanings held out for validation, by subset_seed"
     )
-    subset_seed: int = Field(0, description="seed of what is held out; not the run's seed")
     length: int = Field(
         96, ge=8, le=8192, description="most tokens of a row; a longer response loses its end"
     )

@@ -34,6 +34,14 @@ class PromptOptions(DataOptions):
     prompt_length: int = Field(
         256, ge=1, le=8192, description="most tokens of a prompt; a longer one loses its beginning"
     )
+    subset_seed: int = Field(0, description="seed of what is held out; not the run's seed")
+    train_prompts: int | None = Field(
+        None,
+        ge=1,
+        description="learn from so many of the training prompts, with all their responses, drawn "
+        "by subset_seed; words and bpe are still those of all training texts, so that a teacher "
+        "of the whole data fits",
+    )
     new_tokens: int | None = Field(
         None,
         ge=1,

@@ -54,7 +54,6 @@ class PromptResponseOptions(PromptOptions):
         "and a twentieth when not said",
     )
     limit: int | None = Field(None, ge=3, description="read at most so many rows of each file")
-    subset_seed: int = Field(0, description="seed of what is held out; not the run's seed")
 
 
 class PromptResponses(DataSet[PromptResponseOptions]):

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from stillhouse.batch import Batch, Sample, Source, Splits
-from stillhouse.clock import Views
+from stillhouse.clock import Views, generator
 from stillhouse.data.data_set import DataSet
 from stillhouse.errors import DataError
 from stillhouse.parts.text_tokens import (
@@ -150,7 +150,7 @@ def prompt_splits(
     Args:
         data: its facts.
         official: pairs by split, "train" among them; a word tokenizer is made of that.
-        options: `tokenizer`, `least`, `template`, `length`, `prompt_length`.
+        options: `tokenizer`, `least`, `template`, `length`, `prompt_length`, `train_prompts`.
         digest: sha256 of the content.
         edition: name of the edition.
         told: one sentence on what was chosen of it.
@@ -159,12 +159,16 @@ def prompt_splits(
     sources: dict[str, Source] = {}
     first = 0
     for role, pairs in official.items():
+        kept = list(range(len(pairs)))
+        if role == "train" and options.train_prompts is not None:
+            kept = _of_some_prompts(pairs, options.train_prompts, options.subset_seed)
+            told = f"{told}; learnt from {options.train_prompts} prompts".removeprefix("; ")
         sources[role] = PromptRows(
-            pairs,
+            [pairs[row] for row in kept],
             tokens,
             length=options.length,
             prompt_length=options.prompt_length,
-            ids=torch.arange(first, first + len(pairs)),
+            ids=first + torch.tensor(kept),
             name=f"{data.name}/{role}",
         )
         first += len(pairs)
@@ -186,6 +190,23 @@ def prompt_splits(
         "reader": tokens,
     }
     return Splits(sources, f"{data.name} ({edition})", about)
+
+
+def _of_some_prompts(pairs: Sequence[Pair], count: int, seed: int) -> list[int]:
+    """Places of the pairs of so many different prompts, drawn by the seed.
+
+    Raises:
+        DataError: there are fewer prompts.
+    """
+    different = list(dict.fromkeys(pair.prompt for pair in pairs))
+    if count > len(different):
+        raise DataError(
+            f"data option 'train_prompts': {count} are asked for, and the training data has "
+            f"{len(different)} different prompts"
+        )
+    drawn = torch.randperm(len(different), generator=generator(seed, "train prompts"))[:count]
+    chosen = {different[place] for place in drawn.tolist()}
+    return [place for place, pair in enumerate(pairs) if pair.prompt in chosen]
 
 
 def _longest(train: Source) -> int:
