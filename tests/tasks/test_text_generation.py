@@ -274,7 +274,7 @@ def test_a_model_with_another_tokenizer_beside_it_is_refused(
 def test_models_that_cannot_read_the_rows_are_refused(task: TextGeneration) -> None:
     with pytest.raises(ModelError, match="token ids and the data uses id"):
         task.check(LanguageNet(own(task, size=8)), None)
-    task.vocabulary.size = task.tokens.size
+    task = TextGeneration(task.splits)  # the small head has narrowed what its models share
     with pytest.raises(ModelError, match="reads rows of 10 tokens"):
         task.check(None, task.net(own(task, length=10)))
     with pytest.raises(ModelError, match="cannot read rows of tokens"):

@@ -21,6 +21,7 @@ from stillhouse.data.downloads import download_file, found_or_fetched
 from stillhouse.data.prompt_options import PromptOptions
 from stillhouse.data.prompt_rows import Pair, prompt_splits, with_references
 from stillhouse.errors import DataError
+from stillhouse.parts.text_lines import content_of
 
 Part = Literal["dev", "test"]
 _RAW = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
@@ -129,12 +130,7 @@ def read(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: damaged, or of other columns; names the line.
     """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            content = opened.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    reader = csv.DictReader(io.StringIO(content, newline=""))
+    reader = csv.DictReader(io.StringIO(content_of(path), newline=""))
     lacking = {"mr", "ref"} - set(reader.fieldnames or ())
     if lacking:
         raise DataError(f"{path}: the first line must name the columns mr and ref")

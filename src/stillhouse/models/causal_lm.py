@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import MissingExtra, ModelError, nearest
-from stillhouse.net import Net
+from stillhouse.net import Net, in_eval_mode
 from stillhouse.parts.text_sampler import cache_name, takes
 from stillhouse.parts.text_tokens import TextTokens, load_tokenizer
 
@@ -155,11 +155,6 @@ class Vocabulary:
     def size(self) -> int:
         """Number of ids that all models have."""
         return min(self._whole, *self._of.values()) if self._of else self._whole
-
-    @size.setter
-    def size(self, size: int) -> None:
-        self._whole = size
-        self._of.clear()
 
     def narrow(self, size: int, who: Hashable = None) -> None:
         """A model has only so many."""
@@ -304,13 +299,9 @@ class LanguageNet(Net):
 
     def _check_head(self, given: Mapping[str, Any]) -> None:
         one: dict[str, Any] = {k: v[:1] if isinstance(v, Tensor) else v for k, v in given.items()}
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        with torch.no_grad():
+        with in_eval_mode(self), torch.no_grad():
             wanted = self.module(**one)["logits"]
             found = self.head_layer()(self._states(one))
-        for module, mode in modes.items():
-            module.training = mode
         if wanted.shape != found.shape or not torch.allclose(wanted, found, atol=1e-3, rtol=1e-3):
             raise ModelError(
                 f"{type(self.module).__name__} does more between hidden states and logits than its "

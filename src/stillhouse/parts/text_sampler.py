@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.net import in_eval_mode
 
 
 class TextSampler:
@@ -257,20 +258,17 @@ def context_of(net: nn.Module) -> int | None:
 @contextmanager
 def _asked(net: nn.Module) -> Iterator[None]:
     """Eval mode with cached keys and values, and back to what it was, module by module."""
-    modes = {module: module.training for module in net.modules()}
     configs = {
-        id(c): c for m in modes if (c := getattr(m, "config", None)) is not None
+        id(c): c for m in net.modules() if (c := getattr(m, "config", None)) is not None
         and hasattr(c, "use_cache")
     }  # fmt: skip
     cached = {key: config.use_cache for key, config in configs.items()}
-    net.eval()
     try:
         for config in configs.values():
             config.use_cache = True
-        yield
+        with in_eval_mode(net):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for key, value in cached.items():
             configs[key].use_cache = value
 

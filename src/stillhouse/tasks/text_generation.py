@@ -92,11 +92,8 @@ class TextGeneration(Task):
 
     def example_view(self, view: str = "x") -> Any:
         """One row of the training data."""
-        batch = self._rows(1)
+        batch = self.first_rows(1)
         return batch["tokens"] if view == "x" else batch.view(view)
-
-    def _rows(self, count: int) -> Batch:
-        return self.first_rows(count)
 
     # -- models ------------------------------------------------------------------------------
 
@@ -111,7 +108,7 @@ class TextGeneration(Task):
             raise ModelError(f"the {role} {type(net.module).__name__} is no causal language model")
         name, size = type(net.module).__name__, head_size(net.module)
         net.share(self.vocabulary)
-        batch = self._rows(64)
+        batch = self.first_rows(64)
         self._check_tokens(f"{role} {name}", net, batch)
         largest = int(batch["tokens"].max())
         if size is not None and largest >= size:
@@ -161,7 +158,7 @@ class TextGeneration(Task):
                 "(teacher: train: data)"
             )
         net.set_apart(tokens)
-        batch = self._rows(64)
+        batch = self.first_rows(64)
         asked, said = tokens.prompts(batch["prompt"]), tokens.responses(batch["response"])
         rows = [torch.tensor([*a, *b]) for a, b in zip(asked, said, strict=True)]
         longest, largest = max(map(len, rows)), max(int(row.max()) for row in rows)
@@ -180,17 +177,10 @@ class TextGeneration(Task):
         self._try(f"teacher {name}", net, padded(rows[:2], padding=tokens.padding)[0])
 
     def _try(self, whose: str, net: LanguageNet, tokens: Tensor) -> None:
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        modes = {module: module.training for module in net.modules()}
-        net.eval()
         try:
-            with torch.no_grad():
-                logits = net(tokens.to(device)).get("logits")
+            logits = net.tried(tokens).get("logits")
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ModelError(f"the {whose} cannot read rows of tokens: {error}") from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if logits is None or logits.shape[:2] != tokens.shape or logits.ndim != 3:
             found = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise ModelError(
@@ -251,7 +241,7 @@ class TextGeneration(Task):
 
     def _room(self, tokens: TextTokens, count: int) -> int:
         """How many tokens of another tokenizer say what `count` of the data's can."""
-        said = self._rows(64)["response"]
+        said = self.first_rows(64)["response"]
         lengths = zip(self.tokens.responses(said), tokens.responses(said), strict=True)
         return math.ceil(count * max(len(theirs) / len(ours) for ours, theirs in lengths))
 
